@@ -1,0 +1,1 @@
+"""One operation a file, its reference beside it. These files know tensors and nothing else."""

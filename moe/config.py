@@ -1,0 +1,59 @@
+"""All that a MoE layer needs to know."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """How a router scores, chooses, drops and balances."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: Literal["none", "before_drop", "after_drop"] = "before_drop"
+    """Divide the chosen weights by their sum: over the k choices (Megatron, HF), or over the choices that
+    survive the capacity (DeepSpeed top-2), or not at all (Switch, OLMoE). top_k=1 is never renormalised."""
+    noise: Literal["none", "jitter", "gumbel"] = "none"
+    """Training only. jitter: router input times U(1-eps, 1+eps); gumbel: choose by logits + Gumbel(0, 1), weights
+    stay those of the clean scores (DeepSpeed RSample)."""
+    jitter_eps: float = 1e-2
+    second_expert: Literal["argmax", "sampled"] = "argmax"
+    """sampled: the second of two experts is drawn with Gumbel noise (GShard; DeepSpeed top-2). Training only."""
+    capacity_factor: float | None = None
+    """None: dropless. Else an expert takes max(ceil(T * k / E * factor), min_capacity) rows (DeepSpeed)."""
+    eval_capacity_factor: float | None = None
+    """The same outside training; None: dropless."""
+    min_capacity: int = 4
+    drop_policy: Literal["position", "probability", "random"] = "position"
+    """Who stays when an expert is full: the earliest (first choices before second ones), the most probable,
+    or a random subset (DeepSpeed RTS)."""
+    groups: int = 1
+    """Experts form this many groups of equal size; choices come from the best `topk_groups` of them
+    (DeepSeek: a group's score is the sum of its best two)."""
+    topk_groups: int = 1
+    route_scale: float = 1.0
+    aux_weight: float = 0.01
+    """Weight of the load-balancing loss E * sum_i f_i P_i (Switch eq. 4), 1.0 at perfect balance, summed over layers."""
+    aux_scope: Literal["micro", "sequence", "global"] = "global"
+    """Whose token fractions f_i: this micro-batch's on this rank, each sequence's own, or the global batch's."""
+    z_weight: float = 0.0
+    """Weight of the router z-loss, mean logsumexp(logits)^2 (ST-MoE eq. 5)."""
+    bias_update: float = 0.0
+    """Loss-free balancing: step of the selection bias, b += u * sign(mean load - load), made zero-mean; 0: no bias."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One MoE layer. `num_experts` lives in the model's list, because a pyramid's layers differ."""
+
+    top_k: int = 2
+    hidden: int = 0
+    """Width F of one expert; 0: the dense layers' width."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    bias: bool = False
+    residual: bool = False
+    """Residual-MoE (DeepSpeed-MoE section 4.1): an MLP beside the experts, mixed by softmax(Linear(D, 2))."""
+    shared_hidden: int = 0
+    """Width of a shared expert that every token visits; 0: none."""
+    shared_gate: bool = False
+    """Multiply the shared expert by sigmoid(Linear(D, 1)) (Qwen2-MoE)."""
+    gate: GateConfig = GateConfig()

@@ -1,0 +1,1 @@
+"""Data, the loop and its entries."""
