@@ -44,7 +44,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def choose(*tensors: Tensor) -> str:
-    """"reference", "torch" or "triton" for these operands: forced, else Triton on CUDA and torch elsewhere.
+    """ "reference", "torch" or "triton" for these operands: forced, else Triton on CUDA and torch elsewhere.
 
     Raises:
         RuntimeError: Triton was forced where it cannot run.

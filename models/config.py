@@ -1,6 +1,6 @@
 """The shape of a decoder: all that a checkpoint's `config.json` must say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..moe.config import MoEConfig
@@ -33,4 +33,4 @@ class ModelConfig:
     init_std: float = 0.02
     experts: tuple[int, ...] = ()
     """Experts of each layer, 0 for a dense one; (): all dense. `moe.pyramid.pyramid` writes PR-MoE's lists."""
-    moe: MoEConfig = MoEConfig()
+    moe: MoEConfig = field(default_factory=MoEConfig)

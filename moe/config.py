@@ -1,6 +1,6 @@
 """All that a MoE layer needs to know."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -32,13 +32,13 @@ class GateConfig:
     topk_groups: int = 1
     route_scale: float = 1.0
     aux_weight: float = 0.01
-    """Weight of the load-balancing loss E * sum_i f_i P_i (Switch eq. 4), 1.0 at perfect balance, summed over layers."""
+    """Weight of the load-balancing loss E * sum_i f_i P_i (Switch eq. 4): 1.0 at balance, summed over layers."""
     aux_scope: Literal["micro", "sequence", "global"] = "global"
     """Whose token fractions f_i: this micro-batch's on this rank, each sequence's own, or the global batch's."""
     z_weight: float = 0.0
     """Weight of the router z-loss, mean logsumexp(logits)^2 (ST-MoE eq. 5)."""
     bias_update: float = 0.0
-    """Loss-free balancing: step of the selection bias, b += u * sign(mean load - load), made zero-mean; 0: no bias."""
+    """Loss-free balancing: step u of the selection bias, b += u * sign(mean load - load), zero-mean; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -56,4 +56,4 @@ class MoEConfig:
     """Width of a shared expert that every token visits; 0: none."""
     shared_gate: bool = False
     """Multiply the shared expert by sigmoid(Linear(D, 1)) (Qwen2-MoE)."""
-    gate: GateConfig = GateConfig()
+    gate: GateConfig = field(default_factory=GateConfig)
