@@ -1,0 +1,185 @@
+"""The `coterie` command: parses its arguments and calls the entry that does the work. It holds no logic."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+Text = tyro.conf.Positional
+
+
+def quickstart(folder: Path = Path("quickstart"), seed: int = 1234) -> None:
+    """Train a small PR-MoE and its dense twin on Python's own sources, on this machine, and let it write.
+
+    Args:
+        folder: Where data, runs and reports go; an interrupted quickstart goes on from there.
+        seed: Seed of the models and of the sample order.
+    """
+    from .train.quickstart import quickstart as run
+
+    run(folder, seed=seed)
+
+
+def prepare(
+    inputs: Text[list[str]],
+    output: Path,
+    tokenizer: Path | None = None,
+    train_vocab: int | None = None,
+    field: str = "text",
+    split: Literal["file", "line", "blank"] = "file",
+    workers: int = 0,
+    force: bool = False,
+) -> None:
+    """Turn text, JSONL or parquet into token files that training reads.
+
+    Args:
+        inputs: Files, folders, globs, or - for standard input; .gz is read as it is.
+        output: Prefix of what is written: OUTPUT.bin, OUTPUT.idx and OUTPUT.tokenizer.json.
+        tokenizer: A tokenizer.json to encode with.
+        train_vocab: Instead of that, train a byte-level BPE of this many tokens on the input.
+        field: The field of JSONL and parquet rows that holds the text.
+        split: What a document is in a plain text file: the file, a line, or a part between blank lines.
+        workers: Processes; 0 means one per core.
+        force: Overwrite what is there.
+    """
+    from .train.prepare import prepare as run
+
+    run(
+        inputs,
+        output,
+        tokenizer=tokenizer,
+        train_vocab=train_vocab,
+        field=field,
+        split=split,
+        workers=workers or os.cpu_count() or 1,
+        force=force,
+    )
+
+
+def pretrain(
+    recipe: Text[str],
+    overrides: Text[list[str]],
+    ranks: int = 1,
+) -> None:
+    """Pretrain a model: short for `torchrun --nproc-per-node RANKS -m coterie.train.pretrain RECIPE ...`.
+
+    Args:
+        recipe: A recipe's name; `coterie pretrain RECIPE --help` lists every leaf that can be overridden.
+        overrides: --leaf value pairs, handed on.
+        ranks: Processes on this machine.
+    """
+    if ranks < 1:
+        raise ValueError(f"--ranks {ranks} is not a number of processes: give 1 or more")
+    run = ["-m", "coterie.train.pretrain", recipe, *overrides]
+    if ranks > 1:
+        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *run]
+    raise SystemExit(subprocess.call([sys.executable, *run]))
+
+
+def generate(
+    model: Text[Path],
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    greedy: bool = False,
+    seed: int = 0,
+    device: str = "",
+) -> None:
+    """Continue a prompt with a model directory's or a run's model.
+
+    Args:
+        model: A model directory (config.json, model.safetensors, tokenizer.json) or a run directory.
+        prompt: The text to continue; - reads standard input.
+        max_new_tokens: How many tokens to write at most.
+        temperature: Of the softmax; lower is safer.
+        top_k: Sample among the k likeliest tokens; 0: all.
+        top_p: Sample among the likeliest tokens that hold this much probability.
+        greedy: Always take the likeliest token.
+        seed: The same seed gives the same text.
+        device: cpu or cuda; empty picks cuda when there is one.
+    """
+    from .infer.generate import stream_text
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    options = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    print(text, end="", flush=True)
+    for piece in stream_text(model, text, max_new_tokens, device=device or None, **options):
+        print(piece, end="", flush=True)
+    print()
+
+
+def report(runs: Text[list[Path]]) -> None:
+    """Write one self-contained HTML page about a run (or several, compared).
+
+    Args:
+        runs: Run directories; the page is written into the first.
+    """
+    from .train.report import report as run
+
+    print(run(runs[0], *runs[1:]))
+
+
+def bench(
+    what: Text[Literal["layer", "train"]],
+    json: Path | None = None,
+    quick: bool = False,
+) -> None:
+    """Measure side by side: one MoE layer, or a full training step, against peers and the machine's limit.
+
+    Args:
+        what: Which benchmark.
+        json: Write the tidy rows here too.
+        quick: Fewer cases and repeats.
+    """
+    if what == "layer":
+        from .benchmarks.layer import main as run
+    else:
+        from .benchmarks.train import main as run
+    run(json=json, quick=quick)
+
+
+COMMANDS = {f.__name__: f for f in (quickstart, prepare, pretrain, generate, report, bench)}
+
+
+def _split_pretrain(argv: list[str]) -> tuple[int, list[str]]:
+    """`--ranks N` belongs to us wherever it stands; all else is the entry's."""
+    ranks, rest, words = 1, [], iter(argv)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name != "--ranks":
+            rest.append(word)
+            continue
+        value = value or next(words, "")
+        if not value.isdigit():
+            raise ValueError(f"--ranks {value!r} is not a number of processes: give 1 or more")
+        ranks = int(value)
+    return ranks, rest
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command; a user's error is one sentence on standard error and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["pretrain"] and len(argv) > 1 and argv[1] not in ("-h", "--help"):
+            ranks, rest = _split_pretrain(argv[1:])
+            pretrain(rest[0] if rest else "", rest[1:], ranks)
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="coterie", args=argv, description=__doc__)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("COTERIE_TRACEBACK"):
+            raise
+        print(f"coterie: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
