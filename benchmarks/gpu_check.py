@@ -57,9 +57,8 @@ def table(results: dict[str, dict]) -> str:
             lines += ["  " + line for line in result["tail"].splitlines()[-25:]]
         for row in result.get("rows", []):
             limit = f"  {row['fraction']:.2f} of the limit" if row.get("fraction") is not None else ""
-            lines.append(
-                f"  {row['case']:<32} {row['impl']:<20} {row['metric']:<16} {row['value']:>10.4g} {row['unit']}{limit}"
-            )
+            name_of_row = f"{row['case']:<32} {row['impl']:<20} {row['metric']:<16}"
+            lines.append(f"  {name_of_row} {row['value']:>10.4g} {row['unit']}{limit}")
     return "\n".join(lines) + "\n"
 
 
