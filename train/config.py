@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal, cast, get_type_hints
+
+from ..models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -25,3 +29,193 @@ class DataConfig:
     """Folder of the sample indices; "": `data_cache` in the run directory."""
     mask_eos: bool = False
     """Leave the prediction that follows an end-of-document token out of the loss."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule, which counts tokens, not steps."""
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    """Where the schedule ends."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: a cosine down to min_lr; or warm-up, stable, decay (linear, over `cooldown_tokens`)."""
+    warmup_tokens: int = 0
+    decay_tokens: int = 0
+    """Where the schedule reaches min_lr; 0: at the last token of the run."""
+    cooldown_tokens: int = 0
+    """wsd alone: length of the decay at its end; 0: a tenth of the run."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices; norms, biases and other vectors are free of it."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model lies on the ranks and how it computes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    ep: int = 1
+    """Expert-parallel degree: a layer's experts are spread over min(ep, its experts) ranks."""
+    tp: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrices compute in; master weights, optimizer and the router stay in fp32."""
+    reshard: bool = True
+    """Free gathered weights after the forward pass (less memory, one more gather)."""
+    sync_every_micro: bool = False
+    """Reduce gradients after each micro-batch, not once a step: less memory, more traffic."""
+    recompute: bool = False
+    """Activation checkpointing of every block, with the routes of the first pass replayed."""
+    compile: bool = False
+    threads: int = 0
+    """CPU threads of a rank; 0: this machine's cores divided by its ranks."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run tells."""
+
+    every: int = 1
+    """Steps between lines on the terminal; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Write TensorBoard events when the package is installed."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run saves, and what it starts from."""
+
+    every: int = 0
+    """Steps between checkpoints; 0: at the end and when stopped by a signal only."""
+    keep: int = 2
+    """How many of the newest stay."""
+    asynchronous: bool = True
+    """Write from a copy in the background while training goes on."""
+    resume: str = "auto"
+    """auto: the run directory's newest whole checkpoint; never: start anew; else one checkpoint's directory."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A pretraining run. Counts are sequences, tokens or steps, as each says."""
+
+    run_dir: str = "runs/run"
+    seed: int = 1234
+    """Of the weights, of the sample order and of all noise."""
+    seq_len: int = 2048
+    batch_size: int = 256
+    """Sequences of one optimizer step, over all ranks."""
+    micro_batch: int = 0
+    """Sequences in one forward pass of a rank; 0: all of the rank's share at once."""
+    tokens: int = 0
+    """Length of the run, in tokens."""
+    steps: int = 0
+    """Length of the run, in steps, if not 0: it goes before `tokens`."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: at the end only."""
+    eval_batches: int = 8
+    """Global batches of one evaluation; 0: never evaluate."""
+    max_bad_steps: int = 5
+    """Stop after this many steps in a row whose loss or gradient norm is not finite; they are skipped."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or -(-self.tokens // self.step_tokens)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The whole tree as JSON holds it; `from_dict` reads it back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def from_dict(data: dict[str, Any], kind: type = TrainConfig) -> Any:
+    """A config tree from its JSON form.
+
+    Raises:
+        ValueError: a name that `kind` does not have.
+    """
+    hints = get_type_hints(kind)
+    unknown = sorted(data.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}")
+    values = {}
+    for name, value in data.items():
+        if is_dataclass(hints[name]) and isinstance(value, dict):
+            value = from_dict(value, cast(type, hints[name]))
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def check(config: TrainConfig, world: int) -> None:
+    """Refuses what cannot run on `world` ranks, before anything is built.
+
+    Raises:
+        ValueError: one sentence with what was given, what is expected and what to do.
+    """
+    _check_sizes(config, world)
+    _check_optim(config.optim)
+    model, parallel = config.model, config.parallel
+    if model.experts and len(model.experts) != model.layers:
+        raise ValueError(f"model.experts lists {len(model.experts)} layers, but model.layers is {model.layers}")
+    experts = sorted({e for e in model.experts if e})
+    if any(e < 0 for e in model.experts):
+        raise ValueError(f"model.experts {model.experts} has a negative count: use 0 for a dense layer")
+    if experts and not 1 <= model.moe.top_k <= experts[0]:
+        raise ValueError(
+            f"model.moe.top_k is {model.moe.top_k}, but a layer has {experts[0]} experts: choose 1 to {experts[0]}"
+        )
+    if parallel.tp != 1:
+        raise ValueError(f"parallel.tp is {parallel.tp}, but tensor parallelism is not built yet: use 1")
+    if parallel.ep < 1 or world % parallel.ep:
+        fitting = [d for d in range(1, world + 1) if world % d == 0]
+        raise ValueError(f"parallel.ep is {parallel.ep}, which does not divide {world} ranks: choose among {fitting}")
+    for count in experts:
+        degree = min(parallel.ep, count)
+        if count % degree or world % degree:
+            fitting = [d for d in range(1, count + 1) if count % d == 0 and world % d == 0]
+            raise ValueError(
+                f"a layer's {count} experts do not spread over {degree} of {world} ranks: "
+                f"choose parallel.ep among {fitting}"
+            )
+
+
+def _check_sizes(config: TrainConfig, world: int) -> None:
+    for name in ("seq_len", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}: give 1 or more")
+    if config.total_steps < 1:
+        raise ValueError("the run has no length: give --tokens or --steps")
+    if config.seq_len > config.model.max_positions:
+        raise ValueError(f"seq_len {config.seq_len} is over model.max_positions {config.model.max_positions}")
+    if config.batch_size % world:
+        near = max(world, config.batch_size // world * world)
+        raise ValueError(
+            f"batch_size {config.batch_size} does not divide over {world} ranks: use {near}, or another world size"
+        )
+    share = config.batch_size // world
+    if config.micro_batch < 0 or (config.micro_batch and share % config.micro_batch):
+        raise ValueError(
+            f"micro_batch {config.micro_batch} does not divide a rank's {share} sequences "
+            f"(batch_size {config.batch_size} over {world} ranks)"
+        )
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    if not optim.lr > 0:
+        raise ValueError(f"optim.lr is {optim.lr}: give a number above 0")
+    if not 0 <= optim.min_lr <= optim.lr:
+        raise ValueError(f"optim.min_lr {optim.min_lr} is not between 0 and optim.lr {optim.lr}")
