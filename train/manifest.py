@@ -47,7 +47,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.filedigest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal_of(manifest: dict[str, Any]) -> str:

@@ -1,0 +1,115 @@
+"""What a run tells: one line on the terminal, one JSON row in metrics.jsonl, one set of TensorBoard scalars."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run directory or of a metrics.jsonl; a last line that a crash has cut is left out."""
+    path = Path(path)
+    file = path / METRICS if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}: is {path} a run directory?")
+    rows = []
+    for line in file.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class MetricsWriter:
+    """Writes a run's rows; only rank 0 has one. A full disk costs rows, not the run."""
+
+    def __init__(self, directory: Path, *, start: int, every: int = 1, tensorboard: bool = True) -> None:
+        """`start`: the step that the run resumes from; rows of later steps will be written again, so they go."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = directory / METRICS
+        self._every = max(every, 1)
+        self._warned = False
+        kept = [r for r in read_metrics(self._file) if r["step"] <= start] if self._file.exists() and start else []
+        draft = self._file.with_suffix(".new")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        draft.replace(self._file)
+        self._board = _tensorboard(directory / "tensorboard", start) if tensorboard else None
+        self._times: list[float] = []
+
+    def write(self, row: dict[str, Any], *, total_steps: int) -> None:
+        """Appends `row` and prints its line. Values that are not finite are stored as null."""
+        try:
+            with self._file.open("a") as file:
+                file.write(json.dumps(_finite(row)) + "\n")
+        except OSError as error:
+            if not self._warned:
+                print(f"{self._file} cannot be written: {error.strerror}; the run goes on", file=sys.stderr)
+            self._warned = True
+        if self._board is not None:
+            for name, value in _scalars(row).items():
+                self._board.add_scalar(name, value, row["step"])
+        self._times.append(time.monotonic())
+        last = row["step"] == total_steps
+        if row["step"] % self._every == 0 or last or "valid_loss" in row or row.get("bad"):
+            print(self._line(row, total_steps), flush=True)
+
+    def _line(self, row: dict[str, Any], total_steps: int) -> str:
+        parts = [f"step {row['step']:>{len(str(total_steps))}}/{total_steps}", f"loss {row['loss']:.4f}"]
+        if "valid_loss" in row:
+            parts.append(f"valid {row['valid_loss']:.4f}")
+        parts += [f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.3f}", f"{row['tokens_per_s']:,.0f} tok/s"]
+        parts.append(f"mfu {100 * row['mfu']:.1f}%")
+        if row["loads"]:
+            parts += [f"load {row['max_mean']:.2f}", f"drop {100 * row['drop']:.1f}%"]
+        if row.get("bad"):
+            parts.append(f"SKIPPED (not finite; {row['skipped']} so far)")
+        return "  ".join([*parts, f"eta {_duration(self._eta(total_steps - row['step']))}"])
+
+    def _eta(self, steps: int) -> float:
+        recent = self._times[-50:]
+        pace = (recent[-1] - recent[0]) / (len(recent) - 1) if len(recent) > 1 else math.nan
+        return pace * steps
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _scalars(row: dict[str, Any]) -> dict[str, float]:
+    flat = {f"time/{k}": v for k, v in row["time"].items()}
+    names = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "aux", "z", "skipped")
+    flat |= {f"train/{k}": row[k] for k in names if k in row}
+    flat |= {f"moe/{k}": row[k] for k in ("max_mean", "drop", "entropy") if row["loads"]}
+    return {k: float(v) for k, v in flat.items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def _tensorboard(directory: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:  # the extra `train` is not installed; metrics.jsonl has everything
+        return None
+    return SummaryWriter(str(directory), purge_step=start + 1)
