@@ -40,6 +40,20 @@ class GateConfig:
     bias_update: float = 0.0
     """Loss-free balancing: step u of the selection bias, b += u * sign(mean load - load), zero-mean; 0: none."""
 
+    def __post_init__(self) -> None:
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            if factor is not None and factor <= 0:
+                raise ValueError(f"{name} must be over 0 (or None for dropless), but {factor} was given")
+        if not 1 <= self.topk_groups <= self.groups:
+            raise ValueError(f"topk_groups={self.topk_groups} must lie in 1..groups={self.groups}")
+        if self.noise == "jitter" and not 0 < self.jitter_eps < 1:
+            raise ValueError(f"jitter_eps must lie between 0 and 1, but {self.jitter_eps} was given")
+        if min(self.aux_weight, self.z_weight, self.bias_update, self.min_capacity) < 0:
+            raise ValueError("aux_weight, z_weight, bias_update and min_capacity cannot be negative")
+        if self.second_expert == "sampled" and self.groups > 1:
+            raise ValueError("second_expert='sampled' does not go with expert groups")
+
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -57,3 +71,26 @@ class MoEConfig:
     shared_gate: bool = False
     """Multiply the shared expert by sigmoid(Linear(D, 1)) (Qwen2-MoE)."""
     gate: GateConfig = field(default_factory=GateConfig)
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, but {self.top_k} was given")
+        if self.hidden < 0 or self.shared_hidden < 0:
+            raise ValueError("hidden and shared_hidden cannot be negative")
+        if self.gate.second_expert == "sampled" and self.top_k != 2:
+            raise ValueError(f"second_expert='sampled' needs top_k=2, but top_k={self.top_k}")
+        if self.shared_gate and not self.shared_hidden:
+            raise ValueError("shared_gate=True needs shared_hidden > 0")
+
+    def check(self, num_experts: int) -> None:
+        """Raises ValueError when a layer of `num_experts` experts cannot route like this."""
+        if self.top_k > num_experts:
+            raise ValueError(f"top_k={self.top_k} is more than the layer's {num_experts} experts")
+        groups, best = self.gate.groups, self.gate.topk_groups
+        if num_experts % groups:
+            raise ValueError(f"{num_experts} experts do not form {groups} groups of equal size")
+        if self.top_k > num_experts // groups * best:
+            raise ValueError(
+                f"top_k={self.top_k} is more than the {num_experts // groups * best} experts "
+                f"of the best {best} of {groups} groups"
+            )

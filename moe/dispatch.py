@@ -1,0 +1,102 @@
+"""Bringing tokens to experts and answers back: on one rank, or over an expert-parallel group."""
+
+# Shapes: T tokens, D model, E experts, K choices, R rows sent, Q rows received, P ranks, L experts of this rank.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels.permute import Plan, permute, plan_rows, plan_slots, unpermute
+from ..parallel.all_to_all import Clock, all_to_all_rows, exchange_counts
+from .gate import Routing
+
+RunExperts = Callable[[Tensor, Plan, Tensor | None], Tensor]
+
+
+class LocalDispatch:
+    """All experts are here: their rows are gathered and combined inside the experts' own operation."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
+        plan = plan_rows(routing.ids_TK, routing.stats.kept_E.shape[0])
+        return experts(x_TD, plan, routing.weights_TK)
+
+    def rows(self, routing: Routing) -> Tensor:
+        """Rows that experts compute for these tokens, padding included."""
+        return routing.stats.kept_E.sum()
+
+
+class AllToAllDispatch:
+    """Experts live on the ranks of `group`, E / P consecutive ones on each; tokens travel to them and back.
+
+    By default every row that was routed travels and nothing else: one exchange of counts, one all-to-all of rows
+    each way (as DeepSpeed since #8190), one read of the split sizes on the host.
+
+    With `even_capacity` each rank sends exactly that many rows to every expert, empty ones included: no counts, no
+    host read, static shapes (the layout of DeepSpeed and Tutel). Routing must then have dropped what passes it, so
+    give `Gate.capacity`, which is called with the number of tokens, padding included; all ranks must get the same.
+
+    Every rank runs every collective, with or without tokens. Weights are applied at home.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_experts: int,
+        even_capacity: int | Callable[[int], int | None] | None = None,
+    ) -> None:
+        self.group, self.num_experts, self.even_capacity = group, num_experts, even_capacity
+        self.ranks = group.size()
+        if num_experts % self.ranks:
+            raise ValueError(f"{num_experts} experts do not spread evenly over {self.ranks} ranks")
+        self.clock = Clock()
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
+        if self.even_capacity is not None:
+            return self._even(x_TD, routing, experts, self._capacity(len(x_TD)))
+        plan = plan_rows(routing.ids_TK, self.num_experts)
+        counts_PL = exchange_counts(plan.counts_E, self.group, self.clock)
+        sent_P = plan.counts_E.view(self.ranks, -1).sum(1)
+        send, receive = torch.stack([sent_P, counts_PL.sum(1)]).tolist()
+        plan = plan._replace(source_R=plan.source_R[: sum(send)])  # empty rows stay at home
+        x_QD = all_to_all_rows(permute(x_TD, plan), send, receive, self.group, self.clock)
+        y_QD = experts(x_QD, _regroup(counts_PL, len(x_QD)), None)
+        y_RD = all_to_all_rows(y_QD, receive, send, self.group, self.clock)
+        return unpermute(y_RD, plan, routing.weights_TK)
+
+    def rows(self, routing: Routing) -> Tensor:
+        """Rows that experts compute for this rank's tokens, padding included."""
+        kept = routing.stats.kept_E.sum()
+        if self.even_capacity is None:
+            return kept
+        return torch.full_like(kept, self.num_experts * self._capacity(len(routing.ids_TK)))
+
+    def _capacity(self, tokens: int) -> int:
+        capacity = self.even_capacity(tokens) if callable(self.even_capacity) else self.even_capacity
+        if capacity is None:
+            raise ValueError("even splits need a capacity, but the gate is dropless: set capacity_factor")
+        return capacity
+
+    def _even(self, x_TD: Tensor, routing: Routing, experts: RunExperts, capacity: int) -> Tensor:
+        plan = plan_slots(routing.ids_TK, self.num_experts, capacity)
+        splits = [len(plan.source_R) // self.ranks] * self.ranks
+        x_QD = all_to_all_rows(permute(x_TD, plan), splits, splits, self.group, self.clock)
+        here = self.num_experts // self.ranks
+        rows_Q = torch.arange(len(x_QD), device=x_QD.device)
+        source_Q = rows_Q.view(self.ranks, here, capacity).transpose(0, 1).flatten()
+        slot_Q = rows_Q.view(here, self.ranks, capacity).transpose(0, 1).flatten()  # the inverse of source_Q
+        counts_L = plan.counts_E.view(self.ranks, -1).sum(0)
+        y_QD = experts(x_QD, Plan(source_Q, slot_Q[:, None], counts_L), None)
+        return unpermute(all_to_all_rows(y_QD, splits, splits, self.group, self.clock), plan, routing.weights_TK)
+
+
+def _regroup(counts_PL: Tensor, rows: int) -> Plan:
+    """Rows that arrived by (rank, expert) in the order of their experts: a plan of one choice per row, so the experts
+    gather and scatter them and nothing is copied."""
+    ranks, experts = counts_PL.shape
+    experts_PL = torch.arange(experts, device=counts_PL.device).repeat(ranks)
+    ids_Q = experts_PL.repeat_interleave(counts_PL.flatten(), output_size=rows)
+    return plan_rows(ids_Q[:, None], experts)

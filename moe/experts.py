@@ -1,0 +1,115 @@
+"""Feed-forward networks: the stacked experts of a MoE layer, and the dense one that is also the shared expert."""
+
+# Shapes: T tokens, D model, E experts, K choices, F hidden, N = 2F (swiglu) or F (gelu).
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.expert_mlp import expert_mlp
+from ..kernels.permute import Plan
+
+
+def in_width(hidden: int, activation: str) -> int:
+    """N: rows of `w_in`, gate then up for swiglu."""
+    return 2 * hidden if activation == "swiglu" else hidden
+
+
+class Experts(nn.Module):
+    """E feed-forward networks, stacked: w_in (E, N, D), w_out (E, D, F), optional b_in (E, N), b_out (E, D).
+
+    Swiglu: w_out (silu(gate) * up) with gate, up = the halves of w_in x; gelu: w_out gelu_tanh(w_in x). Under expert
+    parallelism the parameters are DTensors sharded by expert, and a call computes this rank's experts alone.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        width = in_width(hidden, activation)
+        self.w_in = nn.Parameter(torch.empty(num_experts, width, dim, **at))
+        self.w_out = nn.Parameter(torch.empty(num_experts, dim, hidden, **at))
+        self.b_in = nn.Parameter(torch.empty(num_experts, width, **at)) if bias else None
+        self.b_out = nn.Parameter(torch.empty(num_experts, dim, **at)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        _reset(self)
+
+    def forward(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
+        """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones."""
+        return expert_mlp(
+            x_TD,
+            plan,
+            _local(self.w_in),
+            _local(self.w_out),
+            weights_TK=weights_TK,
+            b_in_EN=None if self.b_in is None else _local(self.b_in),
+            b_out_ED=None if self.b_out is None else _local(self.b_out),
+            activation=self.activation,
+        )
+
+
+class FeedForward(nn.Module):
+    """One dense network of the same kinds: w_in (N, D), w_out (D, F), optional b_in (N,), b_out (D,)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        width = in_width(hidden, activation)
+        self.w_in = nn.Parameter(torch.empty(width, dim, **at))
+        self.w_out = nn.Parameter(torch.empty(dim, hidden, **at))
+        self.b_in = nn.Parameter(torch.empty(width, **at)) if bias else None
+        self.b_out = nn.Parameter(torch.empty(dim, **at)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        _reset(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        z = F.linear(x, self.w_in, self.b_in)
+        if self.activation == "swiglu":
+            gate, up = z.chunk(2, -1)
+            a = F.silu(gate) * up
+        else:
+            a = F.gelu(z, approximate="tanh")
+        return F.linear(a, self.w_out, self.b_out)
+
+
+def _reset(module: Experts | FeedForward) -> None:
+    for weight in (module.w_in, module.w_out):
+        nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    for bias in (module.b_in, module.b_out):
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's experts where the parameter is sharded, else the parameter."""
+    to_local = getattr(parameter, "to_local", None)
+    return parameter if to_local is None else to_local()

@@ -1,0 +1,82 @@
+"""The MoE layer: gate -> dispatch -> experts -> combine, with a residual MLP or a shared expert beside them."""
+
+# Shapes: B batch, S sequence, T = B * S tokens, D model, E experts, K choices.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import MoEConfig
+from .dispatch import AllToAllDispatch, LocalDispatch
+from .experts import Experts, FeedForward
+from .gate import Gate, Routing
+
+
+class MoEOutput(NamedTuple):
+    """The layer's answer (B, S, D), and all that the router has to say."""
+
+    y: Tensor
+    routing: Routing
+
+
+class MoE(nn.Module):
+    """A feed-forward layer of `num_experts` experts, of which a token visits `config.top_k`.
+
+    residual: y = c_0 * experts(x) + c_1 * mlp(x) with c = softmax(Linear(D, 2)(x)) (DeepSpeed's released code; the
+    paper's text has the plain sum). shared: y = experts(x) + [sigmoid(Linear(D, 1)(x)) *] shared(x).
+    Padding tokens get no experts, so their answer is that of the residual MLP and the shared expert alone.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        config: MoEConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config.check(num_experts)
+        if config.hidden < 1:
+            raise ValueError("a MoE layer needs the width of its experts: MoEConfig.hidden > 0")
+        self.config, self.num_experts = config, num_experts
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"activation": config.activation, "bias": config.bias, **at}
+        self.gate = Gate(dim, num_experts, config.top_k, config.gate, device=device)
+        self.experts = Experts(dim, config.hidden, num_experts, **kind)
+        self.residual = FeedForward(dim, config.hidden, **kind) if config.residual else None
+        self.coefficient = nn.Linear(dim, 2, **at) if config.residual else None
+        self.shared = FeedForward(dim, config.shared_hidden, **kind) if config.shared_hidden else None
+        self.shared_gate = nn.Linear(dim, 1, bias=False, **at) if config.shared_gate else None
+        self.dispatch: LocalDispatch | AllToAllDispatch = LocalDispatch()
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        valid_BS: Tensor | None = None,
+        *,
+        replay_TK: Tensor | None = None,
+        history_E: Tensor | None = None,
+    ) -> MoEOutput:
+        """See `Gate.forward` for the arguments."""
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        routing = self.gate(
+            x_TD,
+            None if valid_BS is None else valid_BS.reshape(-1),
+            sequence_length=x_BSD.shape[-2],
+            replay_TK=replay_TK,
+            history_E=history_E,
+        )
+        y_TD = self.dispatch(x_TD, routing, self.experts)
+        routing = routing._replace(stats=routing.stats._replace(rows=self.dispatch.rows(routing)))
+        if self.residual is not None and self.coefficient is not None:
+            mix_T2 = self.coefficient(x_TD).softmax(-1, dtype=torch.float32).to(y_TD.dtype)
+            y_TD = torch.addcmul(y_TD * mix_T2[:, :1], self.residual(x_TD), mix_T2[:, 1:])
+        if self.shared is not None:
+            shared_TD = self.shared(x_TD)
+            y_TD = y_TD + (shared_TD if self.shared_gate is None else shared_TD * self.shared_gate(x_TD).sigmoid())
+        return MoEOutput(y_TD.view(x_BSD.shape), routing)
