@@ -8,7 +8,11 @@ from ..moe.config import MoEConfig
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm decoder; B batch, S sequence, D model, H heads, V vocabulary."""
+    """A pre-norm decoder; B batch, S sequence, D model, H heads, V vocabulary.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
 
     vocab_size: int = 50257
     max_positions: int = 2048
@@ -27,10 +31,43 @@ class ModelConfig:
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10000.0
     qk_norm: bool = False
+    """RMSNorm of every query and key head before the rotation (Qwen3)."""
     bias: bool = False
     """Biases in attention and feed-forward projections."""
     tied_head: bool = True
     init_std: float = 0.02
+    """Of every matrix; output projections of a block take init_std / sqrt(2 * layers) (GPT-2)."""
     experts: tuple[int, ...] = ()
     """Experts of each layer, 0 for a dense one; (): all dense. `moe.pyramid.pyramid` writes PR-MoE's lists."""
     moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def __post_init__(self) -> None:
+        if not self.head_dim and self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} does not split into {self.heads} heads: change one, or give head_dim")
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"{self.heads} heads do not share {self.num_kv_heads} kv_heads evenly")
+        if self.positions == "rotary" and self.width_per_head % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.width_per_head}")
+        if self.experts and len(self.experts) != self.layers:
+            raise ValueError(f"experts lists {len(self.experts)} layers, but the model has {self.layers}")
+        for count in set(self.experts) - {0}:
+            self.moe.check(count)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads, G."""
+        return self.kv_heads or self.heads
+
+    @property
+    def width_per_head(self) -> int:
+        """Width of one head, d."""
+        return self.head_dim or self.dim // self.heads
+
+    @property
+    def expert_hidden(self) -> int:
+        """Width F of one expert."""
+        return self.moe.hidden or self.hidden
+
+    def experts_of(self, layer: int) -> int:
+        """Experts of one layer; 0: it is dense."""
+        return self.experts[layer] if self.experts else 0

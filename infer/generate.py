@@ -1,0 +1,159 @@
+"""One batch of prompts, token by token, with a dense cache. Serving many requests is another file's work.
+
+B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..models.gpt import GPT
+from ..models.tokenizer import TextStream, Tokenizer
+from ..models.weights import load_model
+from .cache import DenseCache
+from .sampler import check_sampling, sample
+
+
+def generate(
+    model: GPT,
+    tokens_BS: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_id: int | None = None,
+) -> Iterator[Tensor]:
+    """Yields the next ids, (B,) int64, one step at a time. Puts the model into eval mode.
+
+    Args:
+        model: on the device of its parameters.
+        tokens_BS: prompts of one length.
+        max_new_tokens: how many steps at most.
+        temperature, top_k, top_p: see `sample`; temperature 0 is greedy.
+        seed: of this call's own generator; global randomness is neither read nor changed.
+        eos_id: a sequence that gave it gives it for ever; the iterator ends when all have.
+
+    Raises:
+        ValueError: an empty prompt, ids outside the vocabulary, a setting that means nothing, or more tokens
+            than the model has positions.
+    """
+    config = model.config
+    check_sampling(temperature, top_k, top_p)
+    batch, prompt = tokens_BS.shape
+    end = prompt + max_new_tokens
+    if not batch or not prompt:
+        raise ValueError("the prompt is empty: give at least one token")
+    if end > config.max_positions:
+        raise ValueError(
+            f"{prompt} prompt tokens and {max_new_tokens} new ones pass the model's {config.max_positions} "
+            "positions: shorten the prompt or ask for fewer"
+        )
+    top = int(tokens_BS.max())
+    if top >= config.vocab_size or int(tokens_BS.min()) < 0:
+        raise ValueError(f"a prompt has token id {top}, outside the model's vocabulary of {config.vocab_size}")
+    return _steps(model, tokens_BS, max_new_tokens, (temperature, top_k, top_p), seed, eos_id)
+
+
+def _steps(
+    model: GPT,
+    tokens_BS: Tensor,
+    steps: int,
+    sampling: tuple[float, int, float],
+    seed: int,
+    eos_id: int | None,
+) -> Iterator[Tensor]:
+    model.eval()
+    weight = model.embed.weight
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    batch, prompt = tokens_BS.shape
+    cache = DenseCache(model.config, batch, prompt + steps, device=weight.device, dtype=weight.dtype)
+    feed_BS = tokens_BS.to(weight.device)
+    ended_B = torch.zeros(batch, dtype=torch.bool, device=weight.device)
+    for _ in range(steps):
+        # Inside the loop, not around it: a generator that yields in inference mode would leave its caller in it.
+        with torch.inference_mode():
+            logits_BSV = model(feed_BS, cache=cache, logits_to_keep=1).logits_BSV
+            cache.advance(feed_BS.shape[1])
+            next_B = sample(logits_BSV[:, -1], *sampling, generator)
+            if eos_id is not None:
+                next_B = torch.where(ended_B, eos_id, next_B)
+                ended_B = ended_B | (next_B == eos_id)
+            feed_BS = next_B[:, None]
+        yield next_B
+        if eos_id is not None and bool(ended_B.all()):
+            return
+
+
+def open_model(
+    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[GPT, Tokenizer | None]:
+    """The model of a model directory, or of a run directory's `model/`, and its tokenizer if it has one.
+
+    Args:
+        path: the directory.
+        device: None: cuda where there is one, else cpu.
+        dtype: None: as stored.
+
+    Raises:
+        FileNotFoundError: the directory holds no model; the message says what was found instead.
+        ValueError: its files do not fit together.
+    """
+    folder = _model_folder(Path(path))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(folder, device=device, dtype=dtype)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    return model.eval(), Tokenizer(folder) if has_tokenizer else None
+
+
+def _model_folder(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: give a model directory or a run directory")
+    if (path / "model.safetensors").exists():
+        return path
+    if (path / "model" / "model.safetensors").exists():
+        return path / "model"
+    if (path / "metrics.jsonl").exists() or (path / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"the run in {path} has not written its model/ yet: it does so at its end, so resume it and let it finish"
+        )
+    raise FileNotFoundError(f"{path} is not a model directory: it has no model.safetensors")
+
+
+def stream_text(
+    path: str | Path,
+    prompt: str,
+    max_new_tokens: int = 128,
+    *,
+    device: str | None = None,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Pieces of the text that continues `prompt`, until the model ends the document or `max_new_tokens` are out.
+
+    An empty prompt starts a new document.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_model` and `generate`; or the model has no tokenizer.
+    """
+    check_sampling(temperature, top_k, top_p)
+    model, tokenizer = open_model(path, device=device)
+    if tokenizer is None:
+        raise FileNotFoundError(f"{path} has no tokenizer.json beside its model, so text cannot be read")
+    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    stream = TextStream(tokenizer)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for next_B in generate(
+        model, torch.tensor([ids]), max_new_tokens, **settings, seed=seed, eos_id=tokenizer.eos_id
+    ):
+        token = int(next_B[0])
+        if token != tokenizer.eos_id:
+            yield stream.push(token)
+    yield stream.finish()

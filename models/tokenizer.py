@@ -1,0 +1,144 @@
+"""Byte-level BPE: train one, or load any `tokenizer.json` (library `tokenizers`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+
+EOS = "<|endoftext|>"
+# What published tokenizers call the end of a document, likeliest first.
+_EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]")
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: ids run from 0 to vocab_size - 1.
+        eos_id: the id that ends a document.
+    """
+
+    def __init__(self, path: str | Path | tokenizers.Tokenizer, eos: str | None = None) -> None:
+        """Loads a tokenizer.json, or the one in a directory.
+
+        Args:
+            path: the file or its directory.
+            eos: the token that ends a document; None: what tokenizer_config.json or custom says.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is not a tokenizer, or no token ends a document.
+        """
+        config: Path | None = None
+        if isinstance(path, tokenizers.Tokenizer):
+            self._inner = path
+        else:
+            file = Path(path)
+            file = file / "tokenizer.json" if file.is_dir() else file
+            self._inner, config = _load(file), file.parent / "tokenizer_config.json"
+        self.vocab_size: int = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+        self.eos_id: int = self._find_eos(eos, config)
+
+    def _find_eos(self, eos: str | None, config: Path | None) -> int:
+        if eos is None and config is not None and config.exists():
+            told = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+            eos = told.get("content") if isinstance(told, dict) else told
+        for name in _EOS_NAMES if eos is None else (eos,):
+            found = self._inner.token_to_id(name)
+            if found is not None:
+                return found
+        wanted = "none of the usual end-of-document tokens" if eos is None else f"no token {eos!r}"
+        raise ValueError(f"the tokenizer has {wanted}: name one that it has with eos=...")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; no token is added at either end."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, in the library's threads."""
+        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the tokenizer.json at `path`."""
+        self._inner.save(str(path))
+
+
+class TextStream:
+    """Pieces of text from ids that come one by one: a character whose bytes are not all there waits."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._told = ""
+
+    def push(self, token: int) -> str:
+        """The text that this id completes, often "" in the middle of a character."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._tell(text)
+
+    def finish(self) -> str:
+        """What is left, with U+FFFD for bytes that never made a character."""
+        return self._tell(self._tokenizer.decode(self._ids))
+
+    def _tell(self, text: str) -> str:
+        piece = text[len(self._told) :]
+        if text.endswith("\n"):
+            # A piece may end here for good: what comes later does not change what a line break was decoded to.
+            self._ids, self._told = [], ""
+        else:
+            self._told = text
+        return piece
+
+
+def _load(file: Path) -> tokenizers.Tokenizer:
+    if not file.exists():
+        raise FileNotFoundError(f"no tokenizer at {file}: give a tokenizer.json or its directory")
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{file} is not a tokenizer.json: {error}") from None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE: GPT-2's splitting of words, all 256 bytes, and `<|endoftext|>` as id 0.
+
+    Args:
+        texts: documents.
+        vocab_size: tokens, at least 257.
+
+    Raises:
+        ValueError: too small a vocabulary, or no text.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"a byte-level vocabulary of {vocab_size} is too small: 256 bytes and {EOS} need 257")
+    seen = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal seen
+        for text in texts:
+            seen += bool(text)
+            yield text
+
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise ValueError("there is no text to train a tokenizer on")
+    return Tokenizer(inner)
