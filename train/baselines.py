@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .token_files import read_tokens
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 ORDERS = 3
@@ -101,14 +103,6 @@ class NGrams:
             lower = weight * likely + (1 - weight) * lower
             result.append(lower)
         return np.stack(result)
-
-
-def read_tokens(prefix: str | Path, limit: int | None = None) -> Ints:
-    """All token ids of PREFIX.bin (the first `limit` of them), documents one after the other."""
-    from .data import token_type
-
-    kind = token_type(prefix)
-    return np.fromfile(f"{prefix}.bin", dtype=kind, count=-1 if limit is None else limit).astype(np.int64)
 
 
 def baselines(
