@@ -16,8 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -173,7 +174,7 @@ class Checkpointer:
         """What to start from under the setting `resume`, and sentences about damaged checkpoints passed over.
 
         Raises:
-            CheckpointError: the checkpoint that was asked for is damaged; offers the newest whole one.
+            CheckpointError: the one that was asked for is damaged (offers the newest whole one), or all are.
         """
         if resume == "never":
             return None, []
@@ -193,7 +194,12 @@ class Checkpointer:
             if problem is None:
                 return path, problems
             problems.append(problem)
-        return None, problems
+        if problems:
+            raise CheckpointError(
+                f"{problems[0]}; there is no whole checkpoint in {self.directory}: "
+                "give --checkpoint.resume never to start anew"
+            )
+        return None, []
 
     def set_aside(self, start: Path | None) -> list[str]:
         """Takes checkpoints that are not behind `start` out of the line, so that none of them outlives (as the
@@ -247,3 +253,33 @@ def _move_aside(path: Path) -> None:
     aside = path.with_name(f"{_ASIDE}{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters, persistent buffers and optimizer state under the model's own names. The tensors are live: what is
+    read into them is what the run goes on with. A tied parameter stands once."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    stored = model.state_dict()  # FSDP gives shards here, whatever is gathered at the moment
+    own = set(names.values()) | {name for name, _ in model.named_buffers()}
+    state = {f"model.{name}": tensor for name, tensor in stored.items() if name in own}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for kind, tensor in optimizer.state[parameter].items():
+                state[f"optimizer.{names[id(parameter)]}.{kind}"] = tensor
+    return state
+
+
+def random_state(rank: int, device: torch.device) -> dict[str, Tensor]:
+    """This rank's random streams."""
+    state = {f"random.{rank}.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state[f"random.{rank}.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    for name, tensor in state.items():
+        if name.endswith(".cuda"):
+            torch.cuda.set_rng_state(tensor.cpu(), device)
+        else:
+            torch.set_rng_state(tensor)

@@ -25,7 +25,7 @@ _PEAKS = (
 
 
 class Clock:
-    """Adds up named spans of one step: wall time on a CPU, CUDA events on a GPU, so that nothing waits for them."""
+    """Adds up named spans of one step: wall time on a CPU, CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -43,14 +43,16 @@ class Clock:
             return
         begin = time.perf_counter()
         yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+        self.add(name, time.perf_counter() - begin)
+
+    def add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def read(self) -> dict[str, float]:
-        """Seconds of every span since the last call. On a GPU only after the host has waited for the step."""
-        if self._events:
-            torch.cuda.synchronize()
+        """Seconds of every span since the last call; on a GPU it waits for the work of these spans."""
         for name, start, end in self._events:
-            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1e3
+            end.synchronize()
+            self.add(name, start.elapsed_time(end) / 1e3)
         seconds, self._seconds = self._seconds, {}
         self._events.clear()
         return seconds

@@ -6,8 +6,12 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ..moe.gate import Stats
+from ..moe.metrics import loads, summarize
 
 METRICS = "metrics.jsonl"
 
@@ -25,6 +29,22 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def router_row(stats: Sequence[Stats]) -> dict[str, Any]:
+    """A row's part on routing, from sums over the global batch: loads of every expert, and summaries over layers."""
+    if not stats:
+        return {"loads": []}
+    summary = summarize(stats)
+    asked = sum(int(s.asked_E.sum()) for s in stats)
+    kept = sum(int(s.kept_E.sum()) for s in stats)
+    return {
+        "max_mean": summary["load_worst"],
+        "drop": 1 - kept / asked if asked else 0.0,
+        "entropy": summary["entropy_p50"],
+        "router": summary,
+        "loads": loads(stats),
+    }
 
 
 class MetricsWriter:
@@ -67,7 +87,8 @@ class MetricsWriter:
         parts += [f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.3f}", f"{row['tokens_per_s']:,.0f} tok/s"]
         parts.append(f"mfu {100 * row['mfu']:.1f}%")
         if row["loads"]:
-            parts += [f"load {row['max_mean']:.2f}", f"drop {100 * row['drop']:.1f}%"]
+            router = row["router"]
+            parts += [f"load {router['load_p50']:.2f}/{router['load_p95']:.2f}", f"drop {100 * row['drop']:.1f}%"]
         if row.get("bad"):
             parts.append(f"SKIPPED (not finite; {row['skipped']} so far)")
         return "  ".join([*parts, f"eta {_duration(self._eta(total_steps - row['step']))}"])
@@ -86,7 +107,7 @@ def _scalars(row: dict[str, Any]) -> dict[str, float]:
     flat = {f"time/{k}": v for k, v in row["time"].items()}
     names = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "aux", "z", "skipped")
     flat |= {f"train/{k}": row[k] for k in names if k in row}
-    flat |= {f"moe/{k}": row[k] for k in ("max_mean", "drop", "entropy") if row["loads"]}
+    flat |= {f"router/{k}": v for k, v in row.get("router", {}).items()}
     return {k: float(v) for k, v in flat.items()}
 
 

@@ -1,0 +1,340 @@
+"""The one training loop. It is given a model, an objective and data; distillation, SFT and PPO give it others."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from ..moe.gate import Stats, seed_noise
+from ..moe.metrics import add, pack, unpack
+from ..parallel.collectives import all_reduce_sum
+from ..parallel.launch import Ranks
+from .checkpoint import Checkpointer, random_state, set_random_state, training_state
+from .clock import Clock, peak_flops
+from .config import TrainConfig, to_dict
+from .faults import StopRequest, first_bad_layer
+from .manifest import CheckpointError, Progress
+from .metrics import MetricsWriter, router_row
+from .objective import Objective, Term
+from .optim import build_optimizer, learning_rate, local_square_sum, scale_gradients, set_learning_rate
+
+Steps = Callable[[int], Iterator[list[Any]]]
+"""From the number of consumed samples, the rest of the run: this rank's micro-batches of one step after another."""
+
+
+class Summary(NamedTuple):
+    """How a run ended."""
+
+    progress: Progress
+    finished: bool
+    """False: a signal stopped it; it was saved."""
+    valid_loss: float | None
+
+
+class Totals(NamedTuple):
+    """One step, summed over micro-batches and ranks."""
+
+    norm: float
+    losses: dict[str, float]
+    """Each term divided by its count, without its weight."""
+    stats: tuple[Stats, ...]
+    stop: bool
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.norm, *self.losses.values())))
+
+
+class Trainer:
+    """Trains a parallelized (or plain) model on this rank; every rank makes one with the same config.
+
+    Args:
+        model: with weights; `parallelize` has given it its mesh.
+        objective: losses and counts of a micro-batch.
+        steps: the data, see `Steps`.
+        valid: one evaluation's micro-batches, the same at every call; None: no evaluation.
+        flops_per_token: forward and backward, for the utilisation figure.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        steps: Steps,
+        config: TrainConfig,
+        ranks: Ranks,
+        *,
+        valid: Callable[[], Iterable[Any]] | None = None,
+        flops_per_token: float = 0.0,
+    ) -> None:
+        self.model, self.objective, self.steps, self.config, self.ranks = model, objective, steps, config, ranks
+        self.valid = valid if config.eval_batches else None
+        self.flops_per_token = flops_per_token
+        self.optimizer = build_optimizer(model, config.optim)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.clock = Clock(ranks.device)
+        self.dispatch_clocks = [
+            m.dispatch.clock for m in model.modules() if hasattr(getattr(m, "dispatch", 0), "clock")
+        ]
+        self.checkpoints = Checkpointer(
+            Path(config.run_dir) / "checkpoints",
+            to_dict(config)["model"],
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+        )
+        self.progress = Progress(world=ranks.world)
+        self.bad_in_a_row = 0
+
+    def run(self) -> Summary:
+        """Resumes, trains to the last step or until a signal, saves.
+
+        Raises:
+            CheckpointError: what should be resumed cannot be, or the last save failed.
+            ArithmeticError: too many steps in a row were not finite.
+        """
+        self.resume()
+        config, valid_loss, stop = self.config, None, False
+        peak = self._peak()
+        writer = None
+        if self.ranks.first:
+            log = config.log
+            start = self.progress.step
+            writer = MetricsWriter(Path(config.run_dir), start=start, every=log.every, tensorboard=log.tensorboard)
+        with StopRequest() as request:
+            data = iter(self.steps(self.progress.samples))
+            while self.progress.step < config.total_steps and not stop:
+                begin = time.perf_counter()
+                totals = self.step(data, request.signal > 0)
+                stop, seconds = totals.stop, time.perf_counter() - begin
+                row = self._row(totals, seconds, peak)
+                if self.valid is not None and self._due(config.eval_every) and not stop:
+                    row["valid_loss"] = valid_loss = self.evaluate()
+                if writer is not None:
+                    writer.write(row, total_steps=config.total_steps)
+                if self.bad_in_a_row >= config.max_bad_steps:
+                    self._give_up()
+                if stop or self._due(config.checkpoint.every):
+                    self.save()
+            problem = self.checkpoints.wait()
+        if writer is not None:
+            writer.close()
+        if problem:
+            raise CheckpointError(problem)
+        if stop:
+            name = signal.Signals(request.signal).name if request.signal else "a signal on another rank"
+            self.ranks.log.info(f"{name}: saved at step {self.progress.step}; the same command goes on from there")
+        return Summary(self.progress, self.progress.step >= config.total_steps, valid_loss)
+
+    def _row(self, totals: Totals, seconds: float, peak: float) -> dict[str, Any]:
+        pace = self.config.step_tokens / seconds
+        return {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            **totals.losses,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": totals.norm,
+            "tokens_per_s": pace,
+            "mfu": self.flops_per_token * pace / peak,
+            **router_row(totals.stats),
+            "layers": [i for i, experts in enumerate(self.config.model.experts) if experts],
+            "time": self._times(),
+            "skipped": self.progress.skipped,
+            "bad": not totals.finite,
+        }
+
+    def _due(self, every: int) -> bool:
+        step = self.progress.step
+        return step == self.config.total_steps or (every > 0 and step % every == 0)
+
+    def step(self, data: Iterator[list[Any]], stop: bool = False) -> Totals:
+        """One optimizer step; if its numbers are not finite the model stays as it was, on all ranks alike.
+
+        `stop`: this rank wants to end the run; all ranks learn of it in the totals.
+        """
+        config = self.config
+        with self.clock.span("data"):
+            batches = next(data)
+            counts = self._global_counts(batches)
+        self.model.train()
+        seed_noise(self.model, config.seed, self.progress.step, self.ranks.rank)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums, stats = self._accumulate(batches, counts)
+        with self.clock.span("optimizer"):
+            totals = self._reduce(sums, stats, counts, stop)
+            done = replace(
+                self.progress,
+                step=self.progress.step + 1,
+                tokens=self.progress.tokens + config.step_tokens,
+                samples=self.progress.samples + config.batch_size,
+            )
+            if totals.finite:
+                self._update(totals, done.tokens)
+                self.bad_in_a_row = 0
+            else:
+                done = replace(done, skipped=done.skipped + 1)
+                self.bad_in_a_row += 1
+                self._failed = batches, counts
+                self.optimizer.zero_grad(set_to_none=True)
+        self.progress = done
+        return totals
+
+    def _global_counts(self, batches: list[Any]) -> dict[str, float]:
+        parts = [self.objective.counts(batch) for batch in batches]
+        names = list(parts[0])
+        local = torch.stack([sum((part[n].double() for part in parts), torch.zeros(())) for n in names])
+        return dict(zip(names, all_reduce_sum(local.to(self.ranks.device)).tolist(), strict=True))
+
+    def _accumulate(
+        self, batches: list[Any], counts: dict[str, float]
+    ) -> tuple[dict[str, Tensor], tuple[Stats, ...]]:
+        """Forward and backward of all micro-batches; sums of the terms and of the router's statistics."""
+        sums: dict[str, Tensor] = {}
+        stats: tuple[Stats, ...] = ()
+        for i, batch in enumerate(batches):
+            self._sync_gradients(self.config.parallel.sync_every_micro or i == len(batches) - 1)
+            history = tuple(s.asked_E for s in stats) if stats else None
+            with self._span("forward"):
+                losses = self.objective(self.model, batch, history)
+                total = _total(losses.terms, counts)
+            with self._span("backward"):
+                total.backward()
+            for name, term in losses.terms.items():
+                value = term.value.detach().double()
+                sums[name] = sums[name] + value if name in sums else value
+            self._per = {name: term.per for name, term in losses.terms.items()}
+            stats = add(stats, losses.stats) if stats else losses.stats
+        return sums, stats
+
+    def _sync_gradients(self, sync: bool) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(sync)
+
+    def _reduce(
+        self, sums: dict[str, Tensor], stats: tuple[Stats, ...], counts: dict[str, float], stop: bool
+    ) -> Totals:
+        """One all-reduce and one copy to the host for all that a step must know of the other ranks."""
+        device = self.ranks.device
+        square = local_square_sum(self.parameters, self.ranks.world).to(device)
+        flag = torch.full((), float(stop), dtype=torch.float64, device=device)
+        head = torch.stack([square, flag, *sums.values()])
+        values = all_reduce_sum(torch.cat([head, pack(stats).to(device)])).cpu()
+        losses = {
+            n: v / max(counts[self._per[n]], 1) for n, v in zip(sums, values[2 : len(head)].tolist(), strict=True)
+        }
+        layers = unpack(values[len(head) :], stats)
+        return Totals(math.sqrt(values[0]) if values[0] >= 0 else math.nan, losses, layers, bool(values[1]))
+
+    def _update(self, totals: Totals, tokens: int) -> None:
+        config = self.config
+        clip = config.optim.clip
+        if clip and totals.norm > clip:
+            scale_gradients(self.parameters, clip / totals.norm)
+        set_learning_rate(
+            self.optimizer, learning_rate(config.optim, tokens, config.total_steps * config.step_tokens)
+        )
+        self.optimizer.step()
+        update = getattr(self.model, "update_biases", None)
+        if update is not None and totals.stats:
+            update(tuple(s.asked_E.to(self.ranks.device) for s in totals.stats))
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean of the objective's first term over the validation batches, in eval mode; leaves no trace in training."""
+        assert self.valid is not None
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        for batch in self.valid():
+            term = next(iter(self.objective(self.model, batch, None).terms.values()))
+            sums += torch.stack([term.value.double(), self.objective.counts(batch)[term.per].to(sums)])
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):  # no backward pass will free what the forward pass has gathered
+                module.reshard()
+        self.model.train()
+        for clock in self.dispatch_clocks:
+            clock.read()
+        total, count = all_reduce_sum(sums).tolist()
+        return total / max(count, 1)
+
+    def resume(self) -> None:
+        """Loads what the setting `checkpoint.resume` asks for.
+
+        Raises:
+            CheckpointError: it is damaged, or holds another model.
+        """
+        path, passed = self.checkpoints.find(self.config.checkpoint.resume)
+        log, device = self.ranks.log, self.ranks.device
+        if self.ranks.first:
+            for problem in passed:
+                log.warning(f"{problem}; passing over it")
+        if path is not None:
+            noise = random_state(self.ranks.rank, device)
+            stored, whole = self.checkpoints.load(path, training_state(self.model, self.optimizer), noise)
+            if whole and stored.world == self.ranks.world:
+                set_random_state(noise, device)
+            self.progress = replace(stored, world=self.ranks.world)
+            log.info(f"resumed from {path}, step {stored.step}")
+        for name in self.checkpoints.set_aside(path):
+            log.info(f"{name} is newer than the start of this run: renamed to aside_{name}")
+
+    def save(self) -> None:
+        """Begins a checkpoint. One that could not be written is told of; the run goes on without it."""
+        state = training_state(self.model, self.optimizer) | random_state(self.ranks.rank, self.ranks.device)
+        problem = self.checkpoints.save(state, self.progress)
+        if problem and self.ranks.first:
+            self.ranks.log.warning(problem)
+
+    def _give_up(self) -> NoReturn:
+        batches, counts = self._failed
+
+        def run() -> Tensor:
+            return torch.stack(
+                [_total(self.objective(self.model, batch, None).terms, counts) for batch in batches]
+            ).sum()
+
+        layer = first_bad_layer(self.model, run)
+        self.checkpoints.wait()
+        raise ArithmeticError(
+            f"loss or gradient norm was not finite in {self.bad_in_a_row} steps in a row, the last is step "
+            f"{self.progress.step}; the first bad numbers are in {layer}; lower optim.lr or look at the data there, "
+            "and start again from the last checkpoint"
+        )
+
+    @contextlib.contextmanager
+    def _span(self, name: str) -> Iterator[None]:
+        """A span without the time that its all-to-alls take, which has its own name."""
+        with self.clock.span(name):
+            yield
+        if self.ranks.device.type == "cpu":
+            moved = sum(clock.read() for clock in self.dispatch_clocks)
+            self.clock.add(name, -moved)
+            self.clock.add("alltoall", moved)
+
+    def _times(self) -> dict[str, float]:
+        times = dict.fromkeys(("data", "forward", "alltoall", "backward", "optimizer"), 0.0) | self.clock.read()
+        if self.ranks.device.type != "cpu":
+            # Reading events waits for them, so it is done once a step; both passes move the same rows.
+            moved = sum(clock.read() for clock in self.dispatch_clocks)
+            times |= {"alltoall": moved, "forward": times["forward"] - moved / 2}
+            times["backward"] -= moved / 2
+        return times
+
+    def _peak(self) -> float:
+        """FLOP/s of all ranks together."""
+        dtype = getattr(torch, self.config.parallel.dtype)
+        own = torch.tensor(peak_flops(self.ranks.device, dtype), dtype=torch.float64, device=self.ranks.device)
+        return float(all_reduce_sum(own))
+
+
+def _total(terms: dict[str, Term], counts: dict[str, float]) -> Tensor:
+    parts = [t.value * (t.weight / max(counts[t.per], 1)) for t in terms.values() if t.weight]
+    return torch.stack(parts).sum()
