@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
+
+from ..parallel import all_to_all
+
+SPANS = ("data", "forward", "alltoall", "backward", "optimizer")
+
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; first match by the device's name.
 _PEAKS = (
@@ -25,15 +31,21 @@ _PEAKS = (
 
 
 class Clock:
-    """Adds up named spans of one step: wall time on a CPU, CUDA events on a GPU."""
+    """Adds up the spans of one step: wall time on a CPU, CUDA events on a GPU.
 
-    def __init__(self, device: torch.device) -> None:
+    The all-to-alls inside "forward" and "backward" are timed by the dispatchers' own clocks; they become the span
+    "alltoall", and the others are given without them.
+    """
+
+    def __init__(self, device: torch.device, dispatch_clocks: Sequence[all_to_all.Clock] = ()) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds: dict[str, float] = {}
+        self._dispatch = dispatch_clocks
+        self._seconds = dict.fromkeys(SPANS, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
+        """Times the block under one of SPANS."""
         if self._cuda and name != "data":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -43,19 +55,35 @@ class Clock:
             return
         begin = time.perf_counter()
         yield
-        self.add(name, time.perf_counter() - begin)
+        moved = 0.0 if self._cuda else self.forget_all_to_all()
+        self._seconds[name] += time.perf_counter() - begin - moved
+        self._seconds["alltoall"] += moved
 
-    def add(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+    def forget_all_to_all(self) -> float:
+        """Seconds of all-to-alls since the last span; they are then counted nowhere."""
+        return sum(clock.read() for clock in self._dispatch)
 
     def read(self) -> dict[str, float]:
         """Seconds of every span since the last call; on a GPU it waits for the work of these spans."""
         for name, start, end in self._events:
             end.synchronize()
-            self.add(name, start.elapsed_time(end) / 1e3)
-        seconds, self._seconds = self._seconds, {}
+            self._seconds[name] += start.elapsed_time(end) / 1e3
+        if self._cuda:
+            # Reading events waits for them, so it is done here alone; both passes move the same rows.
+            moved = self.forget_all_to_all()
+            self._seconds["alltoall"] += moved
+            self._seconds["forward"] -= moved / 2
+            self._seconds["backward"] -= moved / 2
+        seconds, self._seconds = self._seconds, dict.fromkeys(SPANS, 0.0)
         self._events.clear()
         return seconds
+
+
+def dispatch_clocks(model: nn.Module) -> list[all_to_all.Clock]:
+    """The clocks of all expert-parallel dispatchers in a model."""
+    dispatchers = (getattr(module, "dispatch", None) for module in model.modules())
+    clocks = (getattr(dispatch, "clock", None) for dispatch in dispatchers)
+    return [clock for clock in clocks if isinstance(clock, all_to_all.Clock)]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.2) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 import time
@@ -20,7 +19,7 @@ from ..moe.metrics import add, pack, unpack
 from ..parallel.collectives import all_reduce_sum
 from ..parallel.launch import Ranks
 from .checkpoint import Checkpointer, random_state, set_random_state, training_state
-from .clock import Clock, peak_flops
+from .clock import Clock, dispatch_clocks, peak_flops
 from .config import TrainConfig, to_dict
 from .faults import StopRequest, first_bad_layer
 from .manifest import CheckpointError, Progress
@@ -82,8 +81,7 @@ class Trainer:
         self.flops_per_token = flops_per_token
         self.optimizer = build_optimizer(model, config.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.clock = Clock(ranks.device)
-        self.dispatch_clocks = [
+        self.clock = Clock(ranks.device, dispatch_clocks(model))
             m.dispatch.clock for m in model.modules() if hasattr(getattr(m, "dispatch", 0), "clock")
         ]
         self.checkpoints = Checkpointer(
@@ -147,7 +145,7 @@ class Trainer:
             "mfu": self.flops_per_token * pace / peak,
             **router_row(totals.stats),
             "layers": [i for i, experts in enumerate(self.config.model.experts) if experts],
-            "time": self._times(),
+            "time": self.clock.read(),
             "skipped": self.progress.skipped,
             "bad": not totals.finite,
         }
@@ -203,10 +201,10 @@ class Trainer:
         for i, batch in enumerate(batches):
             self._sync_gradients(self.config.parallel.sync_every_micro or i == len(batches) - 1)
             history = tuple(s.asked_E for s in stats) if stats else None
-            with self._span("forward"):
+            with self.clock.span("forward"):
                 losses = self.objective(self.model, batch, history)
                 total = _total(losses.terms, counts)
-            with self._span("backward"):
+            with self.clock.span("backward"):
                 total.backward()
             for name, term in losses.terms.items():
                 value = term.value.detach().double()
@@ -249,7 +247,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean of the objective's first term over the validation batches, in eval mode; leaves no trace in training."""
+        """Mean of the objective's first term over the validation batches, in eval mode; training sees none of it."""
         assert self.valid is not None
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
@@ -260,8 +258,7 @@ class Trainer:
             if isinstance(module, FSDPModule):  # no backward pass will free what the forward pass has gathered
                 module.reshard()
         self.model.train()
-        for clock in self.dispatch_clocks:
-            clock.read()
+        self.clock.forget_all_to_all()
         total, count = all_reduce_sum(sums).tolist()
         return total / max(count, 1)
 
@@ -308,25 +305,6 @@ class Trainer:
             f"{self.progress.step}; the first bad numbers are in {layer}; lower optim.lr or look at the data there, "
             "and start again from the last checkpoint"
         )
-
-    @contextlib.contextmanager
-    def _span(self, name: str) -> Iterator[None]:
-        """A span without the time that its all-to-alls take, which has its own name."""
-        with self.clock.span(name):
-            yield
-        if self.ranks.device.type == "cpu":
-            moved = sum(clock.read() for clock in self.dispatch_clocks)
-            self.clock.add(name, -moved)
-            self.clock.add("alltoall", moved)
-
-    def _times(self) -> dict[str, float]:
-        times = dict.fromkeys(("data", "forward", "alltoall", "backward", "optimizer"), 0.0) | self.clock.read()
-        if self.ranks.device.type != "cpu":
-            # Reading events waits for them, so it is done once a step; both passes move the same rows.
-            moved = sum(clock.read() for clock in self.dispatch_clocks)
-            times |= {"alltoall": moved, "forward": times["forward"] - moved / 2}
-            times["backward"] -= moved / 2
-        return times
 
     def _peak(self) -> float:
         """FLOP/s of all ranks together."""

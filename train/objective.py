@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from ..moe.config import GateConfig
 from ..moe.gate import Stats
 from .data import Batch
 
@@ -53,7 +54,7 @@ class LanguageModelling:
         out = model(batch.tokens_BS, targets_BS=batch.targets_BS, valid_BS=batch.valid_BS, history=history)
         terms = {"loss": Term(out.lm, 1.0, "targets")}
         if out.stats:
-            gate = model.config.moe.gate  # type: ignore[union-attr]
+            gate: GateConfig = model.config.moe.gate  # type: ignore[assignment,union-attr]
             terms["aux"] = Term(out.aux, gate.aux_weight, "tokens")
             terms["z"] = Term(out.z, gate.z_weight, "tokens")
         return Losses(terms, out.stats)
