@@ -272,7 +272,7 @@ def encode_chunk(chunk: Chunk, *, field: str, split: Split, tokenizer: str) -> E
     end = np.asarray([loaded.eos_id], np.int32)
     parts, lengths, size = [np.empty(0, np.int32)], [], 0
     for text in documents(chunk, field, split):
-        pieces = [np.asarray(loaded.encode(piece), np.int32) for piece in _pieces(text)]
+        pieces = [np.asarray(loaded.encode_batch([piece])[0], np.int32) for piece in _pieces(text)]
         parts += [*pieces, end]
         lengths.append(sum(map(len, pieces)) + 1)
         size += len(text.encode())
