@@ -40,10 +40,10 @@ def parse(text: str, layers: int, interval: int = 1) -> tuple[int, ...]:
     """
     counts: list[int] = []
     for part in text.split(","):
-        number, _, times = part.strip().partition("x")
-        if not number.isdecimal() or not (times or "1").isdecimal():
+        number, x, times = part.strip().partition("x")
+        if not number.isdecimal() or (x and not times.isdecimal()):
             raise ValueError(f"expert list {text!r}: {part.strip()!r} is not a count like 64 or 64x2")
-        counts += [int(number)] * int(times or 1)
+        counts += [int(number)] * (int(times) if x else 1)
     return spread(counts, layers, interval)
 
 
