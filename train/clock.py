@@ -11,7 +11,7 @@ from torch import nn
 
 from ..parallel import all_to_all
 
-SPANS = ("data", "forward", "alltoall", "backward", "optimizer")
+SPANS: tuple[str, ...] = ("data", "forward", "alltoall", "backward", "optimizer")
 
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; first match by the device's name.

@@ -82,8 +82,6 @@ class Trainer:
         self.optimizer = build_optimizer(model, config.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.clock = Clock(ranks.device, dispatch_clocks(model))
-            m.dispatch.clock for m in model.modules() if hasattr(getattr(m, "dispatch", 0), "clock")
-        ]
         self.checkpoints = Checkpointer(
             Path(config.run_dir) / "checkpoints",
             to_dict(config)["model"],
@@ -94,13 +92,12 @@ class Trainer:
         self.bad_in_a_row = 0
 
     def run(self) -> Summary:
-        """Resumes, trains to the last step or until a signal, saves.
+        """Trains from where `resume` put the run to its last step, or until a signal; saves.
 
         Raises:
-            CheckpointError: what should be resumed cannot be, or the last save failed.
+            CheckpointError: the last save failed.
             ArithmeticError: too many steps in a row were not finite.
         """
-        self.resume()
         config, valid_loss, stop = self.config, None, False
         peak = self._peak()
         writer = None

@@ -115,3 +115,20 @@ def same_model(path: Path, there: dict[str, Any], here: dict[str, Any], prefix: 
                 f"checkpoint {path} holds another model: model.{prefix}{name} is {old} there and {new} here; "
                 "give another --run-dir, or --checkpoint.resume never"
             )
+
+
+def refuse_other_model(directory: Path, resume: str, model: dict[str, Any]) -> None:
+    """A first look before anything is built: the checkpoint that a run would start from must hold its model.
+
+    Raises:
+        CheckpointError: it holds another one.
+    """
+    if resume == "never":
+        return
+    for path in list_checkpoints(directory) if resume == "auto" else [Path(resume)]:
+        try:
+            there = read_manifest(path)["model"]
+        except CheckpointError:
+            continue  # the search for a whole one comes later
+        same_model(path, there, model)
+        return

@@ -1,0 +1,132 @@
+"""Pretrain a model: `torchrun --nproc-per-node N -m coterie.train.pretrain RECIPE [--leaf value]`, or one process."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig, check, to_dict
+from .manifest import refuse_other_model
+from .recipes import RECIPES
+
+USAGE = """usage: python -m coterie.train.pretrain RECIPE [--leaf value ...]
+
+Pretrains a model, alone or under torchrun. A run directory that holds checkpoints goes on from the newest.
+`RECIPE --help` lists every leaf of a recipe. Recipes:"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry: 0 when the run is done or was stopped by a signal, 2 when the user is told why it cannot be."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        if config is not None:
+            pretrain(config)
+    except (ValueError, ArithmeticError, OSError, ModuleNotFoundError) as error:
+        if rank:
+            # Mostly all ranks fail alike and rank 0 speaks; torchrun then ends this one before it repeats the sentence.
+            time.sleep(3)
+        print(f"coterie: {_sentence(error)}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig | None:
+    """The config of a command line; None when help was asked for and given.
+
+    Raises:
+        ValueError: an unknown recipe or leaf (with the nearest ones), or a value that does not fit.
+    """
+    first = int(os.environ.get("RANK", 0)) == 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        if first:
+            print(USAGE)
+            for name in RECIPES:
+                print(f"  {name}")
+        return None
+    name, *rest = arguments
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}{_nearest(name, RECIPES)}; --help lists all")
+    return _override(name, rest, first)
+
+
+def _override(name: str, arguments: list[str], first: bool) -> TrainConfig | None:
+    import tyro
+
+    trouble = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(trouble):
+            config, unknown = tyro.cli(
+                TrainConfig,
+                default=RECIPES[name](),
+                args=arguments,
+                prog=f"pretrain {name}",
+                return_unknown_args=True,
+                console_outputs=first or "--help" not in arguments,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as leave:
+        if not leave.code:
+            return None
+        raise ValueError(_plain(trouble.getvalue())) from None
+    if unknown:
+        flag = next((a for a in unknown if a.startswith("-")), unknown[0])
+        leaves = [f"--{leaf}" for leaf in _leaves(to_dict(config))]
+        near = _nearest(flag.replace("_", "-"), leaves)
+        raise ValueError(f"recipe {name} has no option {flag}{near}; --help lists all")
+    return config
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        path = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path
+
+
+def _nearest(word: str, words: Any) -> str:
+    near = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
+    return f"; the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}" if near else ""
+
+
+def _plain(boxed: str) -> str:
+    """tyro draws a box around a sentence and adds help; the sentence is enough."""
+    lines = [line.strip(" │╭╮╰╯─┃-") for line in boxed.splitlines()]
+    kept: list[str] = []
+    for line in lines[1:]:
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        kept.append(line)
+    return " ".join(line for line in kept if line) or "the command line was not understood"
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def pretrain(config: TrainConfig) -> None:
+    """Runs a config on this rank, from its checkpoint if there is one, and exports `RUN/model` at the end.
+
+    Raises:
+        ValueError, FileNotFoundError: what was given cannot run; one sentence, before any compute is spent.
+        ArithmeticError: the loss stayed not finite.
+    """
+    check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    refuse_other_model(Path(config.run_dir) / "checkpoints", config.checkpoint.resume, to_dict(config)["model"])
+    # torch and the rest take seconds to import: a wrong flag is told before.
+    from . import session
+
+    session.run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

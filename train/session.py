@@ -1,0 +1,136 @@
+"""One pretraining session on this rank: ranks, data, model and loop, put together from a config."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from ..models.gpt import GPT
+from ..models.parallelize import parallelize
+from ..models.params import count_params, flops_per_token
+from ..models.tokenizer import Tokenizer
+from ..models.weights import save_model
+from ..parallel.launch import Ranks, init_ranks
+from ..parallel.mesh import build_mesh
+from .config import TrainConfig, to_dict
+from .data import Batch, batches, build_datasets
+from .environment import describe_environment
+from .loop import Summary, Trainer
+from .objective import LanguageModelling
+
+
+def run(config: TrainConfig) -> Summary:
+    """Opens the ranks, trains, exports `RUN/model`. Every rank calls it.
+
+    Raises:
+        ValueError, FileNotFoundError: ranks, data, model or checkpoint do not fit.
+        ArithmeticError: the loss stayed not finite.
+    """
+    device = config.parallel.device
+    ranks = init_ranks(None if device == "auto" else device)
+    try:
+        return _run(config, ranks)
+    finally:
+        ranks.shutdown()
+
+
+def _run(config: TrainConfig, ranks: Ranks) -> Summary:
+    _set_up_torch(config, ranks)
+    data = Data(config, ranks)
+    mesh = build_mesh(ranks.device.type, ep=config.parallel.ep, tp=config.parallel.tp)
+    model = parallelize(
+        GPT(config.model, device="meta"),
+        mesh,
+        dtype=getattr(torch, config.parallel.dtype),
+        reshard=config.parallel.reshard,
+        compile=config.parallel.compile,
+    )
+    model.init_weights(config.seed)
+    model.recompute = config.parallel.recompute
+    trainer = Trainer(
+        model,
+        LanguageModelling(),
+        data.steps,
+        config,
+        ranks,
+        valid=data.valid,
+        flops_per_token=flops_per_token(config.model, config.seq_len),
+    )
+    trainer.resume()
+    if ranks.first:
+        _describe(config, ranks)
+    summary = trainer.run()
+    if summary.finished:
+        save_model(Path(config.run_dir) / "model", model, data.tokenizer)
+    return summary
+
+
+def _set_up_torch(config: TrainConfig, ranks: Ranks) -> None:
+    if ranks.device.type == "cpu":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(config.parallel.threads or max(1, cores // here))
+    elif config.parallel.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(config.seed + ranks.rank)
+
+
+def _describe(config: TrainConfig, ranks: Ranks) -> None:
+    """config.json, environment.json, and one line on the terminal."""
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    (folder / "environment.json").write_text(json.dumps(describe_environment(ranks.world), indent=1) + "\n")
+    count = count_params(config.model)
+    ranks.log.info(
+        f"{config.run_dir}: {count.total / 1e6:,.1f}M parameters, {count.activated / 1e6:,.1f}M activated; "
+        f"{config.total_steps:,} steps of {config.step_tokens:,} tokens on {ranks.world} {ranks.device.type} "
+        f"rank{'s' * (ranks.world > 1)}"
+    )
+
+
+class Data:
+    """The token files of a config as this rank's micro-batches."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        share = config.batch_size // ranks.world
+        self.micro = config.micro_batch or share
+        self.per_step = share // self.micro
+        self.train_set, self.valid_set = build_datasets(
+            config.data,
+            config.seq_len,
+            config.total_steps * config.batch_size,
+            config.eval_batches * config.batch_size,
+            config.seed,
+            vocab_size=config.model.vocab_size,
+            cache=Path(config.run_dir) / "data_cache",
+        )
+
+    def steps(self, consumed: int) -> Iterator[list[Batch]]:
+        """The rest of the run after so many samples, one list of micro-batches a step."""
+        flow = self._flow(self.train_set, consumed)
+        while step := list(islice(flow, self.per_step)):
+            yield step
+
+    def valid(self) -> Iterator[Batch]:
+        return islice(self._flow(self.valid_set, 0), self.config.eval_batches * self.per_step)
+
+    def _flow(self, dataset: object, start: int) -> Iterator[Batch]:
+        ranks = self.ranks
+        for batch in batches(dataset, start, self.config.batch_size, self.micro, ranks.rank, ranks.world):
+            moved = [None if part is None else part.to(ranks.device, non_blocking=True) for part in batch]
+            yield Batch(*moved)  # type: ignore[arg-type]
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What the data was made with: named in the config, or beside the first prefix."""
+        data = self.config.data
+        path = Path(data.tokenizer or f"{data.train[0]}.tokenizer.json")
+        return Tokenizer(path) if path.exists() else None
