@@ -5,7 +5,7 @@ B batch, S sequence, D model, H query heads, G key-value heads, d head width.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, *, device=None, dtype=None) -> None:
         super().__init__()
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.heads, self.kv_heads, self.width = config.heads, config.num_kv_heads, config.width_per_head
         rows = (self.heads + 2 * self.kv_heads) * self.width
         self.qkv = nn.Linear(config.dim, rows, bias=config.bias, **kind)
@@ -56,10 +56,10 @@ class Attention(nn.Module):
         qk, v = qkv[:, :, : H + G], qkv[:, :, H + G :]
         if self.q_norm is None or self.k_norm is None:
             # One rotation for queries and keys: they are neighbours in the projection.
-            q, k = (qk if cos is None else rope(qk, cos, sin)).split((H, G), dim=2)
+            q, k = _rotated(qk, cos, sin).split((H, G), dim=2)
         else:
-            q, k = self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])
-            q, k = (q, k) if cos is None else (rope(q, cos, sin), rope(k, cos, sin))
+            q = _rotated(self.q_norm(qk[:, :, :H]), cos, sin)
+            k = _rotated(self.k_norm(qk[:, :, H:]), cos, sin)
         if cache is not None:
             o_BSHd = cache.attend(layer, q, k, v)
         else:
@@ -67,3 +67,7 @@ class Attention(nn.Module):
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=G != H
             ).transpose(1, 2)
         return self.out(o_BSHd.reshape(B, S, H * self.width))
+
+
+def _rotated(x_BSHd: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    return x_BSHd if cos is None or sin is None else rope(x_BSHd, cos, sin)

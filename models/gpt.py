@@ -88,6 +88,13 @@ class Block(nn.Module):
 
         return checkpoint(run, x_BSD, use_reentrant=False)  # type: ignore[no-any-return]
 
+    def attend(
+        self, x_BSD: Tensor, cos: Tensor | None, sin: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """The attention half: (what the feed-forward half reads, what its answer is added to)."""
+        a_BSD = self.attention(self.attention_norm(x_BSD), cos, sin, cache, self.layer)
+        return self.mlp_norm.add(a_BSD, x_BSD)
+
     def _run(
         self,
         x_BSD: Tensor,
@@ -98,8 +105,7 @@ class Block(nn.Module):
         replay_TK: Tensor | None,
         history_E: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        a_BSD = self.attention(self.attention_norm(x_BSD), cos, sin, cache, self.layer)
-        h_BSD, x_BSD = self.mlp_norm.add(a_BSD, x_BSD)
+        h_BSD, x_BSD = self.attend(x_BSD, cos, sin, cache)
         if self.moe is None:
             return x_BSD + self.mlp(h_BSD), None  # type: ignore[misc]
         out = self.moe(h_BSD, valid_BS, replay_TK=replay_TK, history_E=history_E)
@@ -143,6 +149,7 @@ class GPT(nn.Module):
         speed = self.config.moe.gate.bias_update
         if speed:
             for moe, counts_E in zip(self.moe_layers, counts, strict=True):
+                assert moe.gate.bias_E is not None  # the gate makes one whenever there is a speed
                 update_bias(moe.gate.bias_E, counts_E, speed)
 
     def forward(

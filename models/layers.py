@@ -15,6 +15,8 @@ from ..kernels.rmsnorm import rms_norm, rms_norm_add
 class Norm(nn.Module):
     """RMSNorm, or LayerNorm with a bias, over the last axis."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, dim: int, kind: str = "rmsnorm", eps: float = 1e-5, *, device=None, dtype=None) -> None:
         super().__init__()
         self.eps = eps

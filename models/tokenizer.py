@@ -10,7 +10,7 @@ import tokenizers
 
 EOS = "<|endoftext|>"
 # What published tokenizers call the end of a document, likeliest first.
-_EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]")
+_EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
 
 class Tokenizer:
@@ -26,7 +26,7 @@ class Tokenizer:
 
         Args:
             path: the file or its directory.
-            eos: the token that ends a document; None: what tokenizer_config.json or custom says.
+            eos: the token that ends a document; None: what tokenizer_config.json says, or a usual name.
 
         Raises:
             FileNotFoundError: there is none.
