@@ -106,12 +106,15 @@ def prepare(
         for draft, final in zip(drafts, outputs(output), strict=True):
             os.replace(draft, final)
     if not quiet:
-        print(
-            f"{output}.bin: {result.documents:,} documents, {result.tokens:,} tokens of {result.vocab_size:,} kinds, "
-            f"{result.bytes / result.tokens:.2f} bytes a token",
-            file=sys.stderr,
-        )
+        print(_summary(result), file=sys.stderr)
     return result
+
+
+def _summary(done: Prepared) -> str:
+    return (
+        f"{done.prefix}.bin: {done.documents:,} documents, {done.tokens:,} tokens of {done.vocab_size:,} kinds, "
+        f"{done.bytes / done.tokens:.2f} bytes a token"
+    )
 
 
 def _check(
