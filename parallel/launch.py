@@ -46,14 +46,15 @@ def init_ranks(device: str | None = None, *, timeout_s: float = 1800) -> Ranks:
         timeout_s: how long a collective or a missing rank is waited for, in seconds.
 
     Raises:
-        ValueError: half an environment, no CUDA device for this rank, a master port in use, or a master out of reach.
+        ValueError: half an environment or a broken one, no CUDA device for this rank, a master port in use, or a
+            master out of reach.
     """
     given = [name for name in TORCHRUN[:2] if name in os.environ]
     missing = [name for name in TORCHRUN if name not in os.environ]
     if given and missing:
         raise ValueError(f"{' and '.join(given)} is set but {', '.join(missing)} is not: start the run with torchrun")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    local_rank = _number("LOCAL_RANK", rank)
     chosen = _device(device, local_rank)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -77,6 +78,13 @@ def rank_logger(rank: int) -> logging.Logger:
         logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     return logger
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r} is not a whole number")
+    return int(text)
 
 
 def _device(name: str | None, local_rank: int) -> torch.device:
