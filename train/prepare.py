@@ -100,9 +100,8 @@ def prepare(
             sources = [_spool(s, folder / "input") for s in sources]
             tokenizer = folder / "tokenizer.json"
             _train_vocabulary(_Input(sources, field, split), train_vocab, quiet).save(tokenizer)
-        assert tokenizer is not None
         drafts = [folder / "new.tokenizer.json", folder / "new.bin", folder / "new.idx"]
-        result = _write(_Input(sources, field, split), Path(tokenizer), output, drafts, workers, quiet)
+        result = _write(_Input(sources, field, split), Path(tokenizer or ""), output, drafts, workers, quiet)
         for draft, final in zip(drafts, outputs(output), strict=True):
             os.replace(draft, final)
     if not quiet:
@@ -214,11 +213,12 @@ def _write(given: _Input, tokenizer: Path, output: Path, drafts: list[Path], wor
         workers = 1  # starting processes would take longer
     with _progress("tokenizing", given.size, quiet) as advance, builder.data_file:
         for chunk_size, encoded in _encode_all(given.chunks(), encode, workers):
-            start = 0
-            for length in encoded.lengths:
-                builder.add_document(encoded.ids[start : start + length], [length])
-                start += length
-            tokens, size = tokens + start, size + encoded.bytes
+            if encoded.lengths:
+                first = len(builder.sequence_lengths)
+                builder.add_document(encoded.ids, encoded.lengths)
+                # That is one document of many sequences to the builder; ours are a document each.
+                builder.document_indices[-1:] = range(first + 1, len(builder.sequence_lengths) + 1)
+            tokens, size = tokens + len(encoded.ids), size + encoded.bytes
             advance(chunk_size)
         if not tokens:
             raise ValueError(f"there is no text in {given.sources[0].name}: give files that hold some")
@@ -252,7 +252,7 @@ def _encode_all(
 
 
 def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and does not outlive it."""
+    """One thread a process; leaves Ctrl-C to the parent, and does not outlive it."""
 
     def follow() -> None:
         parent = multiprocessing.parent_process()
@@ -260,6 +260,7 @@ def _start_worker() -> None:
             parent.join()
             os._exit(1)
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=follow, daemon=True).start()
 
@@ -272,14 +273,34 @@ def _load(tokenizer: str) -> Tokenizer:
 def encode_chunk(chunk: Chunk, *, field: str, split: Split, tokenizer: str) -> Encoded:
     """Decodes and tokenizes the documents of one chunk; runs in a worker."""
     loaded = _load(tokenizer)
-    end = np.asarray([loaded.eos_id], np.int32)
-    parts, lengths, size = [np.empty(0, np.int32)], [], 0
-    for text in documents(chunk, field, split):
-        pieces = [np.asarray(loaded.encode_batch([piece])[0], np.int32) for piece in _pieces(text)]
-        parts += [*pieces, end]
-        lengths.append(sum(map(len, pieces)) + 1)
-        size += len(text.encode())
+    parts, lengths, size, length = [np.empty(0, np.int32)], [], 0, 0
+    for group in _groups(documents(chunk, field, split)):
+        flat: list[int] = []
+        encoded = loaded.encode_batch([piece for piece, _ in group])
+        for ids, (piece, last) in zip(encoded, group, strict=True):
+            flat += ids
+            length, size = length + len(ids) + last, size + len(piece.encode())
+            if last:
+                flat.append(loaded.eos_id)
+                lengths.append(length)
+                length = 0
+        parts.append(np.asarray(flat, np.int32))
     return Encoded(np.concatenate(parts), lengths, size)
+
+
+def _groups(texts: Iterator[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces of about PIECE characters in all, each with whether it ends its document."""
+    group, size = [], 0
+    for text in texts:
+        pieces = list(_pieces(text))
+        for number, piece in enumerate(pieces, 1):
+            group.append((piece, number == len(pieces)))
+            size += len(piece)
+            if size >= PIECE:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
 
 
 def _pieces(text: str) -> Iterator[str]:
