@@ -13,7 +13,7 @@ from ..models.config import ModelConfig
 
 
 class DenseCache:
-    """Room for `tokens` keys and values per sequence and layer.
+    """Room for `tokens` keys and values per sequence and layer. No gradient passes through it.
 
     Attributes:
         length: tokens held; the caller moves it with `advance` after each pass of the model.
@@ -33,9 +33,9 @@ class DenseCache:
         end = old + new
         if end > self.tokens:
             raise ValueError(f"{end} tokens do not fit into a cache made for {self.tokens}")
-        keys_BGLd, values_BGLd = self._store[layer]
-        keys_BGLd[:, :, old:end] = k_BSGd.transpose(1, 2)
-        values_BGLd[:, :, old:end] = v_BSGd.transpose(1, 2)
+        keys_BGLd, values_BGLd = self._store[layer, 0], self._store[layer, 1]
+        keys_BGLd[:, :, old:end] = k_BSGd.detach().transpose(1, 2)
+        values_BGLd[:, :, old:end] = v_BSGd.detach().transpose(1, 2)
         # One query sees all there is and needs no mask; several after earlier ones need one cut aslant.
         mask = _slanted(new, end, q_BSHd.device) if old and new > 1 else None
         o_BHSd = F.scaled_dot_product_attention(

@@ -46,17 +46,18 @@ def generate(
     config = model.config
     check_sampling(temperature, top_k, top_p)
     batch, prompt = tokens_BS.shape
-    end = prompt + max_new_tokens
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be 1 or more")
     if not batch or not prompt:
         raise ValueError("the prompt is empty: give at least one token")
-    if end > config.max_positions:
+    if prompt + max_new_tokens > config.max_positions:
         raise ValueError(
             f"{prompt} prompt tokens and {max_new_tokens} new ones pass the model's {config.max_positions} "
             "positions: shorten the prompt or ask for fewer"
         )
-    top = int(tokens_BS.max())
-    if top >= config.vocab_size or int(tokens_BS.min()) < 0:
-        raise ValueError(f"a prompt has token id {top}, outside the model's vocabulary of {config.vocab_size}")
+    for token in (int(tokens_BS.min()), int(tokens_BS.max())):
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(f"a prompt has token id {token}, outside the model's vocabulary of {config.vocab_size}")
     return _steps(model, tokens_BS, max_new_tokens, (temperature, top_k, top_p), seed, eos_id)
 
 

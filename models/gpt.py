@@ -86,7 +86,8 @@ class Block(nn.Module):
             finally:
                 gate.draws = now
 
-        return checkpoint(run, x_BSD, use_reentrant=False)  # type: ignore[no-any-return]
+        # The gate seeds its own noise: no global random state needs to be kept.
+        return checkpoint(run, x_BSD, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
     def attend(
         self, x_BSD: Tensor, cos: Tensor | None, sin: Tensor | None, cache: Cache | None

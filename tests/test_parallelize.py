@@ -2,21 +2,20 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from coterie.models.config import ModelConfig
-from coterie.models.gpt import GPT
-from coterie.models.parallelize import parallelize
-from coterie.models.weights import full_state_dict, load_model, load_weights, save_model
-from coterie.moe.config import GateConfig, MoEConfig
-from coterie.parallel.mesh import build_mesh
 from helpers import assert_close_rms
 from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from coterie.models.config import ModelConfig
+from coterie.models.gpt import GPT
+from coterie.models.parallelize import parallelize
+from coterie.moe.config import GateConfig, MoEConfig
+from coterie.parallel.mesh import build_mesh
 
 # A pyramid whose layers have different expert-parallel degrees at ep=4: 1 (dense), 2, 4 and 4 of 8.
 CONFIG = ModelConfig(
