@@ -199,29 +199,49 @@ def _gate_cpu(logits_TE, top_k, score, bias_E, groups, topk_groups, valid_T, ids
 
 
 _INDEX_BITS = 29  # what widening fp32 to fp64 leaves zero at the end of the mantissa
+_INDEX = 2**_INDEX_BITS - 1
+_NUMBER = (2**63 - 1) & ~_INDEX
 
 
 def _top_ids(select_TE: Tensor, top_k: int) -> Tensor:
     """Columns of the largest values, ties to the lowest; several times faster than a stable sort or `topk`.
 
-    The value as fp64 bits and the column share one int64, so NumPy's vectorised partition sees no ties at all.
+    The value as fp64 bits and the column share one int64 key, so NumPy's vectorised partition sees no ties at all.
     """
+    values_TE = select_TE.numpy()
+    tokens, experts = values_TE.shape
     if top_k == 1:  # argmax returns the first of equals
-        return torch.from_numpy(select_TE.numpy().argmax(1)[:, None])
-    bits_TE = select_TE.double().view(torch.int64)
-    # Negative floats order backwards as integers: flip all but the sign and the bits kept for the column.
-    bits_TE ^= (bits_TE >> 63) & ((2**63 - 1) & ~(2**_INDEX_BITS - 1))
-    keys_TE = torch.arange(select_TE.shape[1]).sub(bits_TE).numpy()
-    keys_TK = np.partition(keys_TE, top_k - 1, axis=1)[:, :top_k]
-    keys_TK.sort(axis=1)
-    return torch.from_numpy(keys_TK & (2**_INDEX_BITS - 1))
+        return torch.from_numpy(values_TE.argmax(1)[:, None])
+    ids_TK = np.empty((tokens, top_k), np.int64)
+    block = max(1, min(tokens, 2**15 // experts))  # two buffers that stay in the cache
+    keys_BE = np.empty((block, experts), np.int64)
+    flips_BE = np.empty_like(keys_BE)
+    for first in range(0, tokens, block):
+        values = values_TE[first : first + block]
+        keys, flips = keys_BE[: len(values)], flips_BE[: len(values)]
+        keys.view(np.float64)[...] = values
+        # Negative floats order backwards as integers: flip all but the sign and the bits kept for the column.
+        np.right_shift(keys, 63, out=flips)
+        flips &= _NUMBER
+        keys ^= flips
+        np.subtract(np.arange(experts), keys, out=keys)
+        keys.partition(top_k - 1, axis=1)
+        best = keys[:, :top_k]
+        best.sort(axis=1)
+        np.bitwise_and(best, _INDEX, out=ids_TK[first : first + block])
+    return torch.from_numpy(ids_TK)
 
 
 def _close_groups(select_TE: Tensor, groups: int, topk_groups: int) -> Tensor:
-    select_TGM = select_TE.unflatten(1, (groups, -1))
-    members = select_TGM.shape[2]
-    best_TG = select_TGM[..., 0]
-    if members > 1:
-        best_TG = torch.from_numpy(np.partition(select_TGM.numpy(), members - 2, axis=2)[..., -2:].sum(-1))
+    members_GMT = select_TE.t().contiguous().unflatten(0, (groups, -1))
+    best_GT = members_GMT[:, 0]
+    if members_GMT.shape[1] > 1:
+        second_GT = torch.full_like(best_GT, -torch.inf)
+        for member_GT in members_GMT.unbind(1)[1:]:
+            second_GT = torch.maximum(second_GT, torch.minimum(best_GT, member_GT))
+            best_GT = torch.maximum(best_GT, member_GT)
+        best_GT = best_GT + second_GT
+    best_TG = best_GT.t().contiguous()
     closed_TG = torch.ones(best_TG.shape, dtype=torch.bool).scatter_(1, _top_ids(best_TG, topk_groups), False)
-    return select_TGM.masked_fill(closed_TG[..., None], -torch.inf).flatten(1)
+    select_TGM = select_TE.unflatten(1, (groups, -1))
+    return torch.where(closed_TG[..., None], -torch.inf, select_TGM).flatten(1)
