@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pretrain(config)
     except (ValueError, ArithmeticError, OSError, ModuleNotFoundError) as error:
         if rank:
-            # Mostly all ranks fail alike and rank 0 speaks; torchrun then ends this one before it repeats the sentence.
+            # Mostly all fail alike: rank 0 speaks, and torchrun ends this one before it says the same.
             time.sleep(3)
         print(f"coterie: {_sentence(error)}", file=sys.stderr, flush=True)
         return 2
