@@ -1,7 +1,7 @@
 """The Triton side of grouped GEMMs: persistent tiles over ragged rows, found on the device from the counts alone.
 
 Shapes: E experts, R routed rows, C contracted width, N output width, M rows of a weight gradient, V lanes that hold
-the experts. A row index is widened to int64 before it meets a stride, an expert's index before it meets its matrix.
+the experts. A matrix has fewer than 2^31 elements; a row or an expert is widened to int64 before it meets a stride.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _config(config: Config) -> Any:
 
 
 def _fit_dtype(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    wide = any(t.dtype == torch.float32 for t in (arguments["a_ptr"], arguments["out_ptr"]))
+    wide = arguments["a_ptr"].dtype == torch.float32
     return [c for c in configs if c.kwargs["BLOCK_K"] == 32] if wide else configs
 
 
@@ -63,12 +63,14 @@ _CONFIGS = (
     tiles(128, 128, 32, 8, 4, 2),
     tiles(64, 64, 32, 4, 4, 3),
 )
+# A gathered row is loaded after its index, which takes two stages of the depth away.
+_GATHER_CONFIGS = tuple({**c, "stages": c["stages"] + 2} for c in _CONFIGS)
 SMALL = tiles(16, 16, 16, 4, 2, 1)
 
 
 @jit
 def expert_rows(counts_ptr, rows, E: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, V: tl.constexpr):
-    """Rows, row tiles and the running end of the row tiles of every expert; with TAIL lane E is the rows after all."""
+    """Rows, row tiles and running end of the row tiles of every expert; with TAIL lane E is the rows after all."""
     lanes_V = tl.arange(0, V)
     rows_V = tl.load(counts_ptr + lanes_V, mask=lanes_V < E, other=0).to(tl.int32)
     if TAIL:
@@ -87,33 +89,36 @@ def swizzle(tile, row_tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @jit
+def expert_span(expert, rows_V, V: tl.constexpr):
+    """The first row of an expert and its row count."""
+    lanes_V = tl.arange(0, V)
+    return tl.sum(tl.where(lanes_V < expert, rows_V, 0)), tl.sum(tl.where(lanes_V == expert, rows_V, 0))
+
+
+@jit
 def find_tile(
     tile, rows_V, tiles_V, ends_V, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr
 ):
     """The expert of a tile, and its place: the first row, how many rows are left from there, the column tile."""
     lanes_V = tl.arange(0, V)
     expert = tl.sum((ends_V <= tile // COLUMNS).to(tl.int32))
-    first = tl.sum(tl.where(lanes_V < expert, rows_V, 0))
+    first, count = expert_span(expert, rows_V, V)
     first_tile = tl.sum(tl.where(lanes_V < expert, tiles_V, 0))
-    count = tl.sum(tl.where(lanes_V == expert, rows_V, 0))
     m, n = swizzle(tile - first_tile * COLUMNS, (count + BLOCK_M - 1) // BLOCK_M, COLUMNS, GROUP)
     return expert, first + m * BLOCK_M, count - m * BLOCK_M, n
 
 
 @jit
-def source_rows(source_ptr, rows_M, live_M, K: tl.constexpr):
-    """The token that each row was gathered from (int64), and which rows hold one."""
-    source_M = tl.load(source_ptr + rows_M, mask=live_M, other=-1)
-    return source_M // K, source_M >= 0
+def live_sources(source_ptr, rows_M, inside_M):
+    """The assignment (t * K + k, int64) in each row, and which rows inside hold one."""
+    source_M = tl.load(source_ptr + rows_M, mask=inside_M, other=-1)
+    return source_M, source_M >= 0
 
 
 @jit
-def matrix_offsets(expert, rows_A, columns_B, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr):
-    """Offsets (A, B) into matrix `expert` of a stack of (ROWS, COLUMNS); TURNED: of its transpose."""
-    start = expert.to(tl.int64) * ROWS * COLUMNS
-    if TURNED:
-        return start + rows_A[:, None] + columns_B[None, :].to(tl.int64) * COLUMNS
-    return start + rows_A[:, None].to(tl.int64) * COLUMNS + columns_B[None, :]
+def at(pointer, index, stride: tl.constexpr):
+    """`pointer` moved by index * stride in int64, so that offsets from there fit in int32."""
+    return pointer + tl.cast(index, tl.int64) * stride
 
 
 @tuned(_CONFIGS, SMALL, key=["C", "N", "E", "TURNED"])
@@ -142,34 +147,29 @@ def _rows_kernel(
     rows_V, tiles_V, ends_V = expert_rows(counts_ptr, rows, E, TAIL, BLOCK_M, V)
     for tile in range(tl.program_id(0), tl.sum(tiles_V) * columns, tl.num_programs(0)):
         expert, first, left, n = find_tile(tile, rows_V, tiles_V, ends_V, columns, BLOCK_M, GROUP, V)
-        live_M = tl.arange(0, BLOCK_M) < left
-        rows_M = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        rows_M = tl.arange(0, BLOCK_M)
         cols_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        a_tile, w_tile = at(a_ptr, first, C), at(w_ptr, expert, N * C)
         depth = C
         if TAIL:
             depth = tl.where(expert < E, C, 0)
         acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, depth, BLOCK_K):
             k_K = k + tl.arange(0, BLOCK_K)
-            a_MK = tl.load(
-                a_ptr + rows_M[:, None] * C + k_K[None, :], mask=live_M[:, None] & (k_K < C)[None, :], other=0.0
-            )
-            b_KN = tl.load(
-                w_ptr + matrix_offsets(expert, k_K, cols_N, C if TURNED else N, N if TURNED else C, not TURNED),
-                mask=(k_K < C)[:, None] & (cols_N < N)[None, :],
-                other=0.0,
-            )
+            a_mask_MK = (rows_M < left)[:, None] & (k_K < C)[None, :]
+            a_MK = tl.load(a_tile + rows_M[:, None] * C + k_K[None, :], mask=a_mask_MK, other=0.0)
+            w_KN = k_K[:, None] * N + cols_N[None, :] if TURNED else k_K[:, None] + cols_N[None, :] * C
+            b_KN = tl.load(w_tile + w_KN, mask=(k_K < C)[:, None] & (cols_N < N)[None, :], other=0.0)
             acc_MN = tl.dot(a_MK, b_KN, acc_MN, input_precision="ieee")
         if HAS_BIAS:
-            acc_MN += tl.load(bias_ptr + expert * N + cols_N, mask=(cols_N < N) & (expert < E), other=0.0)[None, :]
-        tl.store(
-            out_ptr + rows_M[:, None] * N + cols_N[None, :],
-            acc_MN.to(out_ptr.dtype.element_ty),
-            mask=live_M[:, None] & (cols_N < N)[None, :],
-        )
+            acc_MN += tl.load(bias_ptr + expert * N + cols_N, mask=cols_N < tl.where(expert < E, N, 0), other=0.0)[
+                None, :
+            ]
+        out_MN = at(out_ptr, first, N) + rows_M[:, None] * N + cols_N[None, :]
+        tl.store(out_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=(rows_M < left)[:, None] & (cols_N < N)[None, :])
 
 
-@tuned(_CONFIGS, SMALL, key=["M", "N", "E", "GATHER_A", "GATHER_B"])
+@tuned(_GATHER_CONFIGS, SMALL, key=["M", "N", "E", "GATHER_A", "GATHER_B"])
 def _weights_kernel(
     a_ptr,
     b_ptr,
@@ -198,31 +198,27 @@ def _weights_kernel(
     for tile in range(tl.program_id(0), E * down * across, tl.num_programs(0)):
         expert = tile // (down * across)
         m, n = swizzle(tile % (down * across), down, across, GROUP)
-        first = tl.sum(tl.where(lanes_V < expert, rows_V, 0))
-        count = tl.sum(tl.where(lanes_V == expert, rows_V, 0))
+        first, count = expert_span(expert, rows_V, V)
         cols_M = m * BLOCK_M + tl.arange(0, BLOCK_M)
         cols_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, count, BLOCK_K):
-            live_K = start + tl.arange(0, BLOCK_K) < count
-            rows_K = (first + start + tl.arange(0, BLOCK_K)).to(tl.int64)
-            tokens_K = rows_K
+            rows_K = start + tl.arange(0, BLOCK_K)
+            live_K = rows_K < count
+            tokens_K = first + rows_K
             if HAS_SOURCE:
-                tokens_K, live_K = source_rows(source_ptr, rows_K, live_K, K)
-            a_K = tokens_K if GATHER_A else rows_K
-            b_K = tokens_K if GATHER_B else rows_K
-            a_KM = tl.load(
-                a_ptr + a_K[:, None] * M + cols_M[None, :], mask=live_K[:, None] & (cols_M < M)[None, :], other=0.0
-            )
-            b_KN = tl.load(
-                b_ptr + b_K[:, None] * N + cols_N[None, :], mask=live_K[:, None] & (cols_N < N)[None, :], other=0.0
-            )
+                source_K, live_K = live_sources(source_ptr, tokens_K, live_K)
+                tokens_K = source_K // K
+            a_tile = a_ptr if GATHER_A else at(a_ptr, first, M)
+            b_tile = b_ptr if GATHER_B else at(b_ptr, first, N)
+            a_K = (tokens_K if GATHER_A else rows_K).to(tl.int64)
+            b_K = (tokens_K if GATHER_B else rows_K).to(tl.int64)
+            a_mask_KM, b_mask_KN = live_K[:, None] & (cols_M < M)[None, :], live_K[:, None] & (cols_N < N)[None, :]
+            a_KM = tl.load(a_tile + a_K[:, None] * M + cols_M[None, :], mask=a_mask_KM, other=0.0)
+            b_KN = tl.load(b_tile + b_K[:, None] * N + cols_N[None, :], mask=b_mask_KN, other=0.0)
             acc_MN = tl.dot(tl.trans(a_KM), b_KN, acc_MN, input_precision="ieee")
-        tl.store(
-            out_ptr + matrix_offsets(tl.to_tensor(expert), cols_M, cols_N, M, N, False),
-            acc_MN.to(out_ptr.dtype.element_ty),
-            mask=(cols_M < M)[:, None] & (cols_N < N)[None, :],
-        )
+        out_MN = at(out_ptr, expert, M * N) + cols_M[:, None] * N + cols_N[None, :]
+        tl.store(out_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=(cols_M < M)[:, None] & (cols_N < N)[None, :])
 
 
 @functools.cache
@@ -231,7 +227,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def persistent_grid(device: torch.device, tiles_of: Callable[[dict[str, Any]], int]) -> Callable[..., tuple[int]]:
-    """A grid of PER_SM programs a multiprocessor, or of as many as there can be tiles; three under the interpreter."""
+    """A grid of PER_SM programs a multiprocessor (three on a CPU), or of as many as there can be tiles."""
     return lambda meta: (max(1, min(tiles_of(meta), _multiprocessors(device) * meta["PER_SM"])),)
 
 
@@ -240,10 +236,10 @@ def lanes(experts: int) -> int:
     return max(16, 1 << experts.bit_length())
 
 
-def ragged_grid(device: torch.device, rows: int, experts: int, width: int, block: str) -> Callable[..., tuple[int]]:
-    """The grid for row tiles over `rows` rows and columns of `meta[block]`; every expert may end in a partial tile."""
+def ragged_grid(device: torch.device, rows: int, experts: int, width: int) -> Callable[..., tuple[int]]:
+    """The grid for row tiles over `rows` rows; every expert, and the tail, may end in a partial tile."""
     return persistent_grid(
-        device, lambda meta: (-(-rows // meta["BLOCK_M"]) + experts + 1) * -(-width // meta[block])
+        device, lambda meta: (-(-rows // meta["BLOCK_M"]) + experts + 1) * -(-width // meta["BLOCK_N"])
     )
 
 
@@ -267,7 +263,7 @@ def rows_gemm(
     if out_RN.numel() == 0:
         return out_RN
     with torch.cuda.device_of(a_RC):
-        _rows_kernel[ragged_grid(a_RC.device, rows, experts, width, "BLOCK_N")](
+        _rows_kernel[ragged_grid(a_RC.device, rows, experts, width)](
             a_RC.contiguous(),
             w.contiguous(),
             None if bias_EN is None else bias_EN.contiguous(),
@@ -304,9 +300,7 @@ def weights_gemm(
     out = torch.empty(experts, m, n, dtype=dtype, device=a.device)
     if out.numel() == 0:
         return out
-    grid = persistent_grid(
-        a.device, lambda meta: experts * -(-m // meta["BLOCK_M"]) * -(-n // meta["BLOCK_N"])
-    )
+    grid = persistent_grid(a.device, lambda meta: experts * -(-m // meta["BLOCK_M"]) * -(-n // meta["BLOCK_N"]))
     with torch.cuda.device_of(a):
         _weights_kernel[grid](
             a.contiguous(),
