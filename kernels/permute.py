@@ -228,7 +228,7 @@ def _unpermute_backward(
     dy_RD, dw_R = y_RD.new_empty(y_RD.shape), weights_TK.new_empty(source_R.shape)
     empty_R = source_R < 0
     token_R = source_R.clamp(min=0) // slot_TK.shape[1]
-    w_R1 = weights_TK.flatten().index_select(0, source_R.clamp(min=0))[:, None]
+    w_R1 = weights_TK.flatten().index_select(0, source_R.clamp(min=0)).masked_fill_(empty_R, 0)[:, None]
     step = max(1, 2**17 // max(1, y_RD.shape[1]))  # blocks that stay in the cache between the three passes
     for first in range(0, len(source_R), step):
         block = slice(first, first + step)

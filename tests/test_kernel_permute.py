@@ -108,6 +108,15 @@ def test_all_tokens_to_one_expert(backend: str) -> None:
     assert (full.slot_TK[130:] == -1).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_an_id_past_the_experts_gets_no_row(backend: str) -> None:
+    ids = torch.tensor([[3, 0], [2, 7]], device="cuda" if backend == "triton" else "cpu")
+    with forced(backend):
+        for plan in (plan_rows(ids, 3), plan_slots(ids, 3, 1)):
+            assert plan.slot_TK[0, 0].item() == plan.slot_TK[1, 1].item() == -1
+            assert sorted(plan.source_R[plan.source_R >= 0].tolist()) == [1, 2]
+
+
 def moved(backend: str, plan: Plan, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Both moves on seeded operands, with and without weights, and all their gradients."""
     (tokens, top_k), rows, device = plan.slot_TK.shape, plan.source_R.shape[0], plan.slot_TK.device
@@ -175,7 +184,7 @@ def test_low_precision_rows_are_summed_in_fp32(backend: str, dtype: torch.dtype)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_was_dropped_is_never_read(backend: str) -> None:
     """NaN in an empty row, or as the weight of a dropped choice, reaches nothing."""
-    ids = torch.tensor([[0, 1], [-1, 2], [1, -1]], device="cuda" if backend == "triton" else "cpu")
+    ids = torch.tensor([[-1, 0], [1, 2], [1, -1]], device="cuda" if backend == "triton" else "cpu")
     with forced(backend):
         plan = plan_slots(ids, 3, 2)
         empty = (plan.source_R < 0)[:, None]
