@@ -9,6 +9,8 @@ P = ceil(F / PART) partial sums of a row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,6 @@ _UP_CONFIGS = (
     tiles(64, 32, 32, 4, 4, 3),
 )
 _DOWN_GRAD_CONFIGS = _without_columns(
-    tiles(128, 128, 64, 8, 4, 1),
     tiles(128, 128, 64, 8, 3, 1),
     tiles(64, 128, 64, 8, 3, 2),
     tiles(128, 128, 32, 8, 4, 1),
@@ -128,6 +129,33 @@ def _up_kernel(
         tl.store(out_MF, a_MF.to(dtype), mask=inside_MF)
 
 
+@jit
+def _activation_grad(
+    g_MF, scale_M, z_tile, dz_tile, scaled_tile, rows_M, cols_F, left, F: tl.constexpr, GATED: tl.constexpr
+):
+    """Stores dz and w_r a_r, for g the gradient of a without the weights; returns <g_r, a_r> over these columns."""
+    N: tl.constexpr = 2 * F if GATED else F
+    dtype: tl.constexpr = dz_tile.dtype.element_ty
+    inside_MF = (rows_M < left)[:, None] & (cols_F < F)[None, :]
+    z_MF = rows_M[:, None] * N + cols_F[None, :]
+    gate_MF = tl.load(z_tile + z_MF, mask=inside_MF, other=0.0).to(tl.float32)
+    da_MF = g_MF * scale_M[:, None]
+    if GATED:
+        up_MF = tl.load(z_tile + F + z_MF, mask=inside_MF, other=0.0).to(tl.float32)
+        sigmoid_MF = tl.sigmoid(gate_MF)
+        silu_MF = gate_MF * sigmoid_MF
+        tl.store(dz_tile + F + z_MF, (da_MF * silu_MF).to(dtype), mask=inside_MF)
+        da_MF *= up_MF
+        slope_MF = sigmoid_MF + silu_MF * (1.0 - sigmoid_MF)
+        a_MF = silu_MF * up_MF
+    else:
+        a_MF, slope_MF = _gelu(gate_MF)
+    tl.store(dz_tile + z_MF, (da_MF * slope_MF).to(dtype), mask=inside_MF)
+    scaled_MF = scaled_tile + rows_M[:, None] * F + cols_F[None, :]
+    tl.store(scaled_MF, (a_MF * scale_M[:, None]).to(dtype), mask=inside_MF)
+    return tl.sum(g_MF * a_MF, 1)
+
+
 @tuned(_DOWN_GRAD_CONFIGS, _without_columns(SMALL)[0], key=["D", "F", "E", "GATED"])
 def _down_grad_kernel(
     a_ptr,
@@ -157,7 +185,6 @@ def _down_grad_kernel(
     # w_out's gradient takes, and this tile's part of the weight's own gradient <g_r, a_r>.
     columns: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     N: tl.constexpr = 2 * F if GATED else F
-    dtype: tl.constexpr = dz_ptr.dtype.element_ty
     rows_V, tiles_V, ends_V = expert_rows(counts_ptr, rows, E, False, BLOCK_M, V)
     for tile in range(tl.program_id(0), tl.sum(tiles_V) * columns, tl.num_programs(0)):
         expert, first, left, n = find_tile(tile, rows_V, tiles_V, ends_V, columns, BLOCK_M, GROUP, V)
@@ -172,31 +199,28 @@ def _down_grad_kernel(
             w_mask_KF = (k_K < D)[:, None] & (cols_F < F)[None, :]
             w_KF = tl.load(w_tile + k_K[:, None] * F + cols_F[None, :], mask=w_mask_KF, other=0.0)
             g_MF = tl.dot(dy_MK, w_KF, g_MF, input_precision="ieee")
-        inside_MF = (rows_M < left)[:, None] & (cols_F < F)[None, :]
-        z_MF = rows_M[:, None] * N + cols_F[None, :]
-        gate_MF = tl.load(at(z_ptr, first, N) + z_MF, mask=inside_MF, other=0.0).to(tl.float32)
         scale_M = tl.full((BLOCK_M,), 1.0, tl.float32)
         if HAS_WEIGHTS:
             scale_M = tl.load(weights_ptr + source_M, mask=live_M, other=0.0)
-        if GATED:
-            up_MF = tl.load(at(z_ptr, first, N) + z_MF + F, mask=inside_MF, other=0.0).to(tl.float32)
-            sigmoid_MF = tl.sigmoid(gate_MF)
-            a_MF = gate_MF * sigmoid_MF * up_MF
-            da_MF = g_MF * scale_M[:, None]
-            dgate_MF = da_MF * up_MF * sigmoid_MF * (1.0 + gate_MF * (1.0 - sigmoid_MF))
-            tl.store(at(dz_ptr, first, N) + z_MF, dgate_MF.to(dtype), mask=inside_MF)
-            tl.store(at(dz_ptr, first, N) + z_MF + F, (da_MF * gate_MF * sigmoid_MF).to(dtype), mask=inside_MF)
-        else:
-            a_MF, slope_MF = _gelu(gate_MF)
-            tl.store(at(dz_ptr, first, N) + z_MF, (g_MF * scale_M[:, None] * slope_MF).to(dtype), mask=inside_MF)
-        scaled_MF = at(scaled_ptr, first, F) + rows_M[:, None] * F + cols_F[None, :]
-        tl.store(scaled_MF, (a_MF * scale_M[:, None]).to(dtype), mask=inside_MF)
+        z_tile, dz_tile, scaled_tile = at(z_ptr, first, N), at(dz_ptr, first, N), at(scaled_ptr, first, F)
+        # Half of the columns at a time: a whole tile's z, slopes and products do not fit in the registers.
+        left_MF, right_MF = tl.split(tl.permute(tl.reshape(g_MF, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        half_F = n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        part_M = _activation_grad(left_MF, scale_M, z_tile, dz_tile, scaled_tile, rows_M, half_F, left, F, GATED)
+        half_F += BLOCK_N // 2
+        part_M += _activation_grad(right_MF, scale_M, z_tile, dz_tile, scaled_tile, rows_M, half_F, left, F, GATED)
         if HAS_WEIGHTS:
-            tl.store(at(parts_ptr, first, columns) + rows_M * columns + n, tl.sum(g_MF * a_MF, 1), mask=rows_M < left)
+            tl.store(at(parts_ptr, first, columns) + rows_M * columns + n, part_M, mask=rows_M < left)
 
 
 def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _constants(w_out_EDF: Tensor, choices: int, activation: str) -> dict[str, Any]:
+    experts, dim, hidden = w_out_EDF.shape
+    shapes = {"D": dim, "F": hidden, "E": experts, "K": choices, "V": lanes(experts)}
+    return {**shapes, "GATED": activation == "swiglu", "GROUP": GROUP}
 
 
 def forward(
@@ -215,7 +239,7 @@ def forward(
 
     z is zero after the last expert's rows and b_in in an empty row before.
     """
-    experts, dim, hidden = w_out_EDF.shape
+    experts, _, hidden = w_out_EDF.shape
     rows = source_R.shape[0]
     z_RN, a_RF = _like(x_TD, rows, w_in_END.shape[1]), _like(x_TD, rows, hidden)
     if z_RN.numel():
@@ -229,14 +253,8 @@ def forward(
                 z_RN,
                 a_RF,
                 rows,
-                D=dim,
-                F=hidden,
-                E=experts,
-                K=slot_TK.shape[1],
-                GATED=activation == "swiglu",
                 HAS_BIAS=b_in_EN is not None,
-                V=lanes(experts),
-                GROUP=GROUP,
+                **_constants(w_out_EDF, slot_TK.shape[1], activation),
             )
     y_RD = rows_gemm(a_RF, w_out_EDF, counts_E, bias_EN=b_out_ED, tail=False)
     with torch.cuda.device_of(x_TD):
@@ -290,7 +308,7 @@ def _down_grad(
     choices: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    experts, dim, hidden = w_out_EDF.shape
+    experts, _, hidden = w_out_EDF.shape
     rows = source_R.shape[0]
     dz_RN, scaled_RF = _like(dy_TD, *z_RN.shape), _like(dy_TD, rows, hidden)
     parts_RP = _like(dy_TD, rows, -(-hidden // _PART), dtype=torch.float32)
@@ -307,14 +325,8 @@ def _down_grad(
                 scaled_RF,
                 parts_RP,
                 rows,
-                D=dim,
-                F=hidden,
-                E=experts,
-                K=choices,
-                GATED=activation == "swiglu",
                 HAS_WEIGHTS=weights_TK is not None,
-                V=lanes(experts),
-                GROUP=GROUP,
                 BLOCK_N=_PART,
+                **_constants(w_out_EDF, choices, activation),
             )
     return dz_RN, scaled_RF, parts_RP
