@@ -15,21 +15,25 @@ _BLOCK_A = 128
 
 
 @jit
-def _rank_kernel(ids_A, rank_A, load_EB, assignments, blocks, E, BLOCK: tl.constexpr):
+def _rank_kernel(ids_A, rank_A, load_EB, assignments, blocks, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """The place of every assignment among those of its block and expert, and the block's load of every expert."""
-    block = tl.program_id(0).to(tl.int64)
-    step = tl.arange(0, BLOCK)
-    at_A = block * BLOCK + step
-    id_A = tl.load(ids_A + at_A, mask=at_A < assignments, other=-1)
-    # The same ids once more, laid out as a row: loading twice is cheaper than a transpose.
-    id_J = tl.load(ids_A + (block * BLOCK + step)[None, :], mask=at_A[None, :] < assignments, other=-1)
-    same_AJ = id_A[:, None] == id_J
-    before_A = tl.sum((same_AJ & (step[None, :] < step[:, None])).to(tl.int32), 1)
-    total_A = tl.sum(same_AJ.to(tl.int32), 1)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    step_A = tl.arange(0, BLOCK)
+    id_A = tl.load(ids_A + start + step_A, mask=start + step_A < assignments, other=-1)
     chosen_A = (id_A >= 0) & (id_A < E)
-    tl.store(rank_A + at_A, before_A.to(tl.int64), mask=at_A < assignments)
+    narrow_A = tl.where(chosen_A, id_A, -1).to(tl.int32)
+    before_A = tl.zeros((BLOCK,), tl.int32)
+    total_A = tl.zeros((BLOCK,), tl.int32)
+    for chunk in range(0, BLOCK, CHUNK):  # the same ids once more, a few at a time, to keep the table in registers
+        step_J = chunk + tl.arange(0, CHUNK)
+        id_J = tl.load(ids_A + start + step_J, mask=start + step_J < assignments, other=-1).to(tl.int32)
+        same_AJ = narrow_A[:, None] == id_J[None, :]
+        total_A += tl.sum(same_AJ.to(tl.int32), 1)
+        before_A += tl.sum((same_AJ & (step_J[None, :] < step_A[:, None])).to(tl.int32), 1)
+    tl.store(rank_A + start + step_A, before_A.to(tl.int64), mask=start + step_A < assignments)
     # One assignment speaks for its expert: the last of them in this block.
-    tl.store(load_EB + id_A * blocks + block, total_A, mask=chosen_A & (before_A == total_A - 1))
+    speaks_A = chosen_A & (before_A == total_A - 1)
+    tl.store(load_EB + id_A * blocks + tl.program_id(0), total_A, mask=speaks_A)
 
 
 @jit
@@ -88,7 +92,7 @@ def _unpermute_kernel(
     token_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     at_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_TD = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for k in tl.static_range(K):
+    for k in tl.static_range(K):  # unrolled, so that the choices' loads overlap
         slot_T = tl.load(slot_TK + token_T * K + k, mask=token_T < tokens, other=-1)
         mask_TD = (slot_T >= 0)[:, None] & (at_D < D)[None, :]
         y = tl.load(y_RD + slot_T[:, None] * D + at_D[None, :], mask=mask_TD, other=0.0).to(tl.float32)
@@ -132,9 +136,9 @@ def _unpermute_backward_kernel(
 
 
 def _blocks(width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile: about 4096 elements, so that every thread has several loads in flight."""
+    """(rows, columns) of a tile: 2048 elements give a thread several loads in flight and spill no register."""
     columns = min(triton.next_power_of_2(width), 1024)
-    return max(1, min(64, 4096 // columns)), columns
+    return max(1, min(64, 2048 // columns)), columns
 
 
 def plan_triton(ids_TK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +150,7 @@ def plan_triton(ids_TK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor
     slot_A = torch.empty_like(ids_A)
     load_EB = ids_A.new_zeros((num_experts, blocks), dtype=torch.int32)
     if blocks:
-        _rank_kernel[(blocks,)](ids_A, slot_A, load_EB, assignments, blocks, num_experts, BLOCK=_BLOCK_A)
+        _rank_kernel[(blocks,)](ids_A, slot_A, load_EB, assignments, blocks, num_experts, BLOCK=_BLOCK_A, CHUNK=32)
         # Summed expert by expert, block by block: the order of the rows.
         first_EB = load_EB.view(-1).cumsum(0) - load_EB.view(-1)
         _place_kernel[(blocks,)](
