@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT
 from coterie.models.parallelize import parallelize
+from coterie.models.weights import full_state_dict, load_model, load_weights, save_model
 from coterie.moe.config import GateConfig, MoEConfig
 from coterie.parallel.mesh import build_mesh
 
@@ -113,19 +115,176 @@ def _check_norm_of_the_loop(model: GPT, world: int, expected: float) -> None:
     assert square.sqrt().item() == pytest.approx(expected, rel=1e-5)
 
 
-def _check_layouts(rank: int, world: int, layouts: list[tuple[int, bool, bool, bool]]) -> None:
-    for ep, gpt2, recompute, reshard in layouts:
-        _check_layout(rank, world, ep, GPT2 if gpt2 else CONFIG, recompute, reshard)
+def _check_values(rank: int, world: int, folder: str) -> None:
+    """The same initial values, and a state dict, a saved directory and a loaded one that hold them, on any mesh."""
+    for config, degrees in ((CONFIG, (1, 4)), (GPT2, (2,))):
+        expected = GPT(config)
+        expected.init_weights(3)
+        target = Path(folder) / config.norm
+        for ep in degrees:
+            mesh = build_mesh("cpu", ep=ep)
+            model = parallelize(GPT(config, device="meta"), mesh)
+            model.init_weights(3)
+            real = GPT(config)
+            real.init_weights(3)
+            for each in (model, parallelize(real, mesh)):
+                state = full_state_dict(each)
+                if rank:
+                    assert not state
+                    continue
+                assert state.keys() == expected.state_dict().keys()
+                for name, tensor in expected.state_dict().items():
+                    assert torch.equal(state[name], tensor), name
+            if ep == 4:
+                assert isinstance(model.blocks[3].moe.experts.w_in, DTensor)
+                assert model.blocks[3].moe.experts.w_in.to_local().shape[0] == 8 // world
+            save_model(target, model)
+            dist.barrier()
+            again = parallelize(GPT(config, device="meta"), mesh)
+            load_weights(target, again)
+            for name, parameter in again.named_parameters():
+                assert torch.equal(_whole(parameter), dict(expected.named_parameters())[name]), name
+            alone = load_model(target)
+            assert torch.equal(alone.blocks[3].moe.experts.w_out, expected.blocks[3].moe.experts.w_out)
+            dist.barrier()
+
+
+def _check_bf16(rank: int, world: int, ep: int) -> tuple[float, float]:
+    """Master weights and gradients in fp32, matrices in bf16, the router in fp32, and a loss near fp32's."""
+    expected, expected_loss = _one_rank(CONFIG)
+    mesh = build_mesh("cpu", ep=ep)
+    model = parallelize(GPT(CONFIG, device="meta"), mesh, dtype=torch.bfloat16)
+    model.init_weights(3)
+    model.recompute = True
+    seen: dict[str, set[torch.dtype]] = {"gate": set(), "experts": set(), "attention": set()}
+    for block in model.blocks:
+        block.attention.qkv.register_forward_pre_hook(
+            lambda m, x: seen["attention"].update({m.weight.dtype, x[0].dtype})
+        )
+        if block.moe is not None:
+            block.moe.gate.register_forward_pre_hook(lambda m, x: seen["gate"].add(m.weight.dtype))
+            block.moe.experts.register_forward_pre_hook(
+                lambda m, x: seen["experts"].update({m.w_in.dtype, x[0].dtype})
+            )
+    share = BATCH // world
+    loss = _loss(model, slice(rank * share, (rank + 1) * share))
+    loss.backward()
+    assert seen == {"gate": {torch.float32}, "experts": {torch.bfloat16}, "attention": {torch.bfloat16}}
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    assert_close_rms(total, expected_loss, 1e-2, "loss")
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+        if "qkv" in name or "embed" in name:
+            assert_close_rms(_whole(parameter.grad), dict(expected.named_parameters())[name].grad, 0.1, name)
+    return total.item(), expected_loss.item()
+
+
+def _check_even_splits(rank: int, world: int) -> None:
+    """A capacity is each rank's own, so the expectation is what the same model gives without even splits."""
+    gate = replace(CONFIG.moe.gate, capacity_factor=1.0, min_capacity=2, eval_capacity_factor=1.0)
+    config = replace(CONFIG, moe=replace(CONFIG.moe, gate=gate))
+    mesh, share, results = build_mesh("cpu", ep=2), BATCH // world, []
+    for even in (False, True):
+        model = parallelize(GPT(config, device="meta"), mesh, even_splits=even)
+        model.init_weights(3)
+        loss = _loss(model, slice(rank * share, (rank + 1) * share))
+        loss.backward()
+        results.append((loss.detach(), [_whole(p.grad) for p in model.parameters()]))
+    assert_close_rms(results[1][0], results[0][0], 1e-6)
+    for even, uneven in zip(results[1][1], results[0][1], strict=True):
+        assert_close_rms(even, uneven, 1e-5)
+
+
+def _check_accumulation(rank: int, world: int) -> None:
+    """Micro-batches without a reduction, then one with it, as the loop does; one rank's are padding alone."""
+    model = parallelize(GPT(CONFIG, device="meta"), build_mesh("cpu", ep=2))
+    model.init_weights(3)
+    rows = [slice(0, 4), slice(5, 8)] if rank == 0 else [slice(4, 5), slice(4, 5)]
+    gate, history = CONFIG.moe.gate, None
+    tokens_BS, targets_BS, valid_BS = _batch()
+    for last, part in enumerate(rows):
+        model.set_requires_gradient_sync(bool(last))
+        out = model(tokens_BS[part], targets_BS=targets_BS[part], valid_BS=valid_BS[part], history=history)
+        (out.lm / (targets_BS != -100).sum() + gate.z_weight * out.z / valid_BS.sum()).backward()
+        history = tuple(s.asked_E for s in out.stats)
+    reference = GPT(CONFIG)
+    reference.init_weights(3)
+    out = reference(tokens_BS, targets_BS=targets_BS, valid_BS=valid_BS)
+    (out.lm / (targets_BS != -100).sum() + gate.z_weight * out.z / valid_BS.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert_close_rms(_whole(parameter.grad), dict(reference.named_parameters())[name].grad, 1e-5, name)
+
+
+def _check_compiled(rank: int, world: int) -> None:
+    config = replace(CONFIG, layers=2, experts=(0, 4))
+    _, expected_loss = _one_rank(config)
+    model = parallelize(GPT(config, device="meta"), build_mesh("cpu"), compile=True)
+    model.init_weights(3)
+    model.recompute = True
+    for _ in range(2):
+        loss = _loss(model, slice(None))
+        loss.backward()
+        assert_close_rms(loss.detach(), expected_loss, 1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same() -> None:
+    run_ranks(_check_compiled, 1)
+
+
+def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from coterie.models import parallelize as module
+
+    def none() -> str:
+        raise RuntimeError("no C++ compiler\nmore lines")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
+    with caplog.at_level("WARNING", logger="coterie"):
+        assert module._can_compile("cpu") is False
+    assert "no working compiler here (no C++ compiler)" in caplog.text
+    assert "more lines" not in caplog.text
+
+
+def _check_refusal(rank: int, world: int) -> None:
+    config = replace(CONFIG, experts=(0, 0, 0, 3))
+    with pytest.raises(ValueError, match="does not divide both 2 ranks and 3 experts"):
+        parallelize(GPT(config, device="meta"), build_mesh("cpu", ep=2))
+
+
+def _run_checks(rank: int, world: int, checks: list[tuple]) -> None:
+    """Several checks in one launch: starting ranks costs more than most of them."""
+    for check, *args in checks:
+        check(rank, world, *args)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("world", "layouts"),
-    [
-        (2, [(1, False, False, True), (2, False, True, True), (2, True, False, False)]),
-        (4, [(1, False, False, False), (2, False, False, True), (4, False, True, True), (4, True, True, False)]),
-    ],
-    ids=["2ranks", "4ranks"],
-)
-def test_any_layout_equals_one_rank(world: int, layouts: list) -> None:
-    run_ranks(_check_layouts, world, layouts)
+def test_one_rank() -> None:
+    run_ranks(_run_checks, 1, [(_check_bf16, 1), (_check_layout, 1, CONFIG, True, True)])
+
+
+@pytest.mark.dist
+def test_two_ranks() -> None:
+    checks = [
+        (_check_layout, 1, CONFIG, False, True),
+        (_check_layout, 2, CONFIG, True, True),
+        (_check_layout, 2, GPT2, False, False),
+        (_check_accumulation,),
+        (_check_even_splits,),
+        (_check_bf16, 1),
+        (_check_bf16, 2),
+        (_check_refusal,),
+    ]
+    run_ranks(_run_checks, 2, checks)
+
+
+@pytest.mark.dist
+def test_four_ranks(tmp_path: Path) -> None:
+    checks = [
+        (_check_layout, 1, CONFIG, False, False),
+        (_check_layout, 2, CONFIG, False, True),
+        (_check_layout, 4, CONFIG, True, True),
+        (_check_layout, 4, GPT2, True, False),
+        (_check_values, str(tmp_path)),
+    ]
+    run_ranks(_run_checks, 4, checks)
