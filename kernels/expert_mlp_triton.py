@@ -217,10 +217,9 @@ def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
 
 
-def _constants(w_out_EDF: Tensor, choices: int, activation: str) -> dict[str, Any]:
-    experts, dim, hidden = w_out_EDF.shape
-    shapes = {"D": dim, "F": hidden, "E": experts, "K": choices, "V": lanes(experts)}
-    return {**shapes, "GATED": activation == "swiglu", "GROUP": GROUP}
+def _constants(w_out: Tensor, choices: int, activation: str) -> dict[str, Any]:
+    shapes = dict(zip("EDF", w_out.shape, strict=True))
+    return {**shapes, "K": choices, "V": lanes(w_out.shape[0]), "GATED": activation == "swiglu", "GROUP": GROUP}
 
 
 def forward(
@@ -235,10 +234,7 @@ def forward(
     b_out_ED: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """(y_TD, z_RN): the weighted sum of what a token's experts answer, and the pre-activation that `backward` takes.
-
-    z is zero after the last expert's rows and b_in in an empty row before.
-    """
+    """(y_TD, z_RN): the weighted sum over a token's experts, and the pre-activation that `backward` takes."""
     experts, _, hidden = w_out_EDF.shape
     rows = source_R.shape[0]
     z_RN, a_RF = _like(x_TD, rows, w_in_END.shape[1]), _like(x_TD, rows, hidden)
