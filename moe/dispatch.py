@@ -57,6 +57,8 @@ class AllToAllDispatch:
     def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
         if self.even_capacity is not None:
             return self._even(x_TD, routing, experts, self._capacity(len(x_TD)))
+        if self.ranks == 1:
+            return LocalDispatch()(x_TD, routing, experts)
         plan = plan_rows(routing.ids_TK, self.num_experts)
         counts_PL = exchange_counts(plan.counts_E, self.group, self.clock)
         sent_P = plan.counts_E.view(self.ranks, -1).sum(1)

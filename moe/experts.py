@@ -92,6 +92,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
+        if x.device.type == "cpu" and x.dtype == self.w_in.dtype == torch.float32:
+            return self._as_one_expert(x)
         z = F.linear(x, self.w_in, self.b_in)
         if self.activation == "swiglu":
             gate, up = z.chunk(2, -1)
@@ -99,6 +101,21 @@ class FeedForward(nn.Module):
         else:
             a = F.gelu(z, approximate="tanh")
         return F.linear(a, self.w_out, self.b_out)
+
+    def _as_one_expert(self, x: Tensor) -> Tensor:
+        # In fp32 on a CPU the experts' operation takes 0.6 of the time, and keeps less for the backward pass.
+        x_TD = x.reshape(-1, x.shape[-1])
+        rows_T = torch.arange(len(x_TD))
+        y_TD = expert_mlp(
+            x_TD,
+            Plan(rows_T, rows_T[:, None], torch.full((1,), len(x_TD))),
+            self.w_in[None],
+            self.w_out[None],
+            b_in_EN=None if self.b_in is None else self.b_in[None],
+            b_out_ED=None if self.b_out is None else self.b_out[None],
+            activation=self.activation,
+        )
+        return y_TD.view(x.shape)
 
 
 def _reset(module: Experts | FeedForward) -> None:

@@ -221,6 +221,35 @@ def test_built_on_meta() -> None:
     assert moe.gate.bias_E.dtype == torch.float32
 
 
+@pytest.mark.parametrize("case", ["dropping", "everything"])
+def test_no_value_is_read_on_the_host(case: str) -> None:
+    # Under fake tensors reading one raises, as it would stall a GPU.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        moe = MoE(D, E, CASES[case])
+        moe.gate._own_generator = lambda device, replaying: None
+        x_BSD = torch.randn(B, S, D, requires_grad=True)
+        out = moe(x_BSD, torch.ones(B, S, dtype=torch.bool))
+        (out.y.sum() + out.routing.aux + out.routing.z).backward()
+    assert out.y.shape == x_BSD.grad.shape == (B, S, D)
+
+
+def test_compiles_in_one_graph() -> None:
+    moe = _make(CASES["dropping"])
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    x_BSD = torch.randn(B, S, D)
+    results = []
+    for layer_ in (moe, compiled):
+        x = x_BSD.clone().requires_grad_()
+        out = layer_(x)
+        (out.y.square().sum() + out.routing.aux).backward()
+        results.append((out.y, x.grad, out.routing.ids_TK))
+    assert_close_rms(results[1][0], results[0][0])
+    assert_close_rms(results[1][1], results[0][1])
+    assert torch.equal(results[1][2], results[0][2])
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="width of its experts"):
         MoE(D, E, MoEConfig())
