@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import choose
+from .backend import choose, jit, tl, triton
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -29,8 +29,113 @@ def rope_reference(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates (x[i], x[i + d/2]) by the angle of position s and frequency i.
+    """Rotates (x[i], x[i + d/2]) by the angle of position s and frequency i; computed in fp32.
 
-    x_BSHd (B, S, H, d) with any strides; cos and sin (S, d/2) or (B, S, d/2) fp32, without gradient.
+    x_BSHd (B, S, H, d) with any strides; cos and sin (S, d/2) or (B, S, d/2), without gradient. Contiguous output.
     """
-    return rope_reference(x_BSHd, cos, sin)
+    batch, sequence, _, width = x_BSHd.shape
+    if cos.shape not in ((sequence, width // 2), (batch, sequence, width // 2)) or sin.shape != cos.shape:
+        raise ValueError(f"rope: x {tuple(x_BSHd.shape)} with cos {tuple(cos.shape)} and sin {tuple(sin.shape)}")
+    backend = choose(x_BSHd)
+    if backend == "reference":
+        return rope_reference(x_BSHd, cos, sin)
+    if backend == "torch" and not (torch.is_grad_enabled() and x_BSHd.requires_grad):
+        return _rotate_torch(x_BSHd, cos, sin, 1)
+    return _rope(x_BSHd, cos, sin, False)
+
+
+def _rotate_torch(x_BSHd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """Writes both halves of the output directly: four passes, no concatenation."""
+    wide = torch.promote_types(x_BSHd.dtype, torch.float32)
+    half = x_BSHd.shape[-1] // 2
+    x_wide = x_BSHd.to(wide)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    out = torch.empty(x_BSHd.shape, dtype=wide, device=x_BSHd.device)
+    first, second = x_wide[..., :half], x_wide[..., half:]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
+    return out.to(x_BSHd.dtype)
+
+
+@jit
+def _rope_kernel(
+    x,
+    cos,
+    sin,
+    out,
+    S,
+    H,
+    HALF,
+    stride_b,
+    stride_s,
+    stride_h,
+    table_b,
+    sign,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a token: all its heads share one row of the tables."""
+    token = tl.program_id(0).to(tl.int64)
+    b, s = token // S, token % S
+    h = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, BLOCK)[None, :]
+    keep_row = i < HALF
+    keep = (h < H) & keep_row
+    c = tl.load(cos + (b * table_b + s) * HALF + i, mask=keep_row, other=0.0).to(tl.float32)
+    n = tl.load(sin + (b * table_b + s) * HALF + i, mask=keep_row, other=0.0).to(tl.float32) * sign
+    source = x + b * stride_b + s * stride_s + h * stride_h + i
+    first = tl.load(source, mask=keep, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=keep, other=0.0).to(tl.float32)
+    target = out + (token * H + h) * (2 * HALF) + i
+    tl.store(target, (first * c - second * n).to(out.dtype.element_ty), mask=keep)
+    tl.store(target + HALF, (second * c + first * n).to(out.dtype.element_ty), mask=keep)
+
+
+def _rotate_triton(x_BSHd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    if x_BSHd.stride(-1) != 1:
+        x_BSHd = x_BSHd.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    batch, sequence, heads, width = x_BSHd.shape
+    out = torch.empty(x_BSHd.shape, dtype=x_BSHd.dtype, device=x_BSHd.device)
+    if out.numel() == 0:
+        return out
+    tile = {"HEADS": triton.next_power_of_2(heads), "BLOCK": triton.next_power_of_2(width // 2)}
+    _rope_kernel[(batch * sequence,)](
+        x_BSHd,
+        cos,
+        sin,
+        out,
+        sequence,
+        heads,
+        width // 2,
+        *x_BSHd.stride()[:3],
+        sequence if cos.dim() == 3 else 0,
+        sign,
+        **tile,
+        num_warps=min(max(tile["HEADS"] * tile["BLOCK"] // 512, 1), 8),
+    )
+    return out
+
+
+@torch.library.custom_op("coterie::rope", mutates_args=())
+def _rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    rotate = _rotate_triton if choose(x_BSHd) == "triton" else _rotate_torch
+    return rotate(x_BSHd, cos, sin, -1 if inverse else 1)
+
+
+@_rope.register_fake
+def _(x_BSHd: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return x_BSHd.new_empty(x_BSHd.shape)
+
+
+def _save_rope(ctx, inputs, output) -> None:
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate_rope(ctx, dy_BSHd: Tensor):
+    # A rotation's transpose is the rotation back.
+    return _rope(dy_BSHd, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+_rope.register_autograd(_differentiate_rope, setup_context=_save_rope)
