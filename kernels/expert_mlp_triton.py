@@ -6,6 +6,7 @@ projection's backward, after SonicMoE (arXiv 2512.14080, section 3). Rows in whi
 Shapes: T tokens, D model, E experts, K choices, R routed rows, F expert hidden, N = 2F (swiglu) or F (gelu),
 P = ceil(F / PART) partial sums of a row.
 """
+# pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 Shapes: T tokens, D model, E experts, K choices, R routed rows, P partial sums of a row, C columns, V expert lanes.
 """
+# pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 Shapes: E experts, R routed rows, C contracted width, N output width, M rows of a weight gradient, V lanes that hold
 the experts. A matrix has fewer than 2^31 elements; a row or an expert is widened to int64 before it meets a stride.
 """
+# pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
 
