@@ -93,6 +93,7 @@ def main() -> None:
         (Path(folder) / "coterie").symlink_to(ROOT, target_is_directory=True)
         environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         results: dict[str, dict] = {}
+        text = ""
         for name in arguments.only:
             results[name] = run_step(name, environment, max(deadline - time.perf_counter(), 1))
             text = table(results)

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 NAMES = ("reference", "torch", "triton", "interpret")
@@ -72,8 +71,3 @@ def forced(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """True under FakeTensor or on the meta device, where a value cannot be read."""
-    return tensor.is_meta or torch._guards.detect_fake_mode([tensor]) is not None
