@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
@@ -53,10 +54,14 @@ class Run:
         points = np.array(pairs, np.float64).reshape(-1, 2)
         return points[:, 0], points[:, 1]
 
+    @functools.cached_property
+    def has_loads(self) -> bool:
+        return any(row.get("loads") for row in self.rows)
+
     def position(self, row: dict[str, Any]) -> float:
         return float(row["tokens"] if self.has_tokens else row["step"])
 
-    @property
+    @functools.cached_property
     def has_tokens(self) -> bool:
         return all(isinstance(row.get("tokens"), int | float) for row in self.rows)
 
@@ -159,7 +164,10 @@ def loss_figure(runs: Sequence[Run]) -> str:
         high = max([*top, *known.values()]) if top else max(y.max() for y in lines)
         pad = 0.05 * (high - low) or 0.1
         axis.set_ylim(low - pad, high + pad)
-        axis.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right", bbox_to_anchor=(1, 0.98))
+        columns = min(4, 2 * len(runs))
+        axis.legend(
+            frameon=False, fontsize=9, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=columns
+        )
     _tokens_axis(axis, runs[0])
     axis.set_ylabel("nats per token", fontsize=9, color=FAINT)
     return _svg(figure)
@@ -180,13 +188,12 @@ def lines_figure(run: Run, panels: dict[str, tuple[str, ...]], columns: int = 2)
     figure, axes = _new(WIDTH, 2.35 * rows, rows, columns)
     for axis, (title, (x, y)) in zip(axes.flat, found.items(), strict=False):
         axis.plot(*thin(x, y), color=COLORS[0], alpha=0.25, linewidth=0.8)
-        axis.plot(*thin(x, smooth(y)), color=COLORS[0], linewidth=1.7)
         low, high = np.quantile(y, 0.005), np.quantile(y, 0.995)
         if len(y) > 50 and y.max() > high + 3 * (high - low):  # one spike must not flatten all the rest
             axis.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))
-        axis.yaxis.set_major_formatter(
-            lambda value, _: short(value) if abs(value) >= 1e-3 or not value else f"{value:.0e}"
-        )
+            y = np.minimum(y, high)
+        axis.plot(*thin(x, smooth(y)), color=COLORS[0], linewidth=1.7)
+        axis.yaxis.set_major_formatter(lambda value, _: short(value))
         _title(axis, title)
         _tokens_axis(axis, run)
     for axis in axes.flat[len(found) :]:
@@ -196,18 +203,18 @@ def lines_figure(run: Run, panels: dict[str, tuple[str, ...]], columns: int = 2)
 
 def load_grid(run: Run) -> dict[int, tuple[Series, float, float]]:
     """{layer: (load_EX relative to an even load, first position, last position)}; X at most COLUMNS time bins."""
-    by_layer: dict[int, list[tuple[float, list[float]]]] = {}
+    by_layer: dict[int, list[tuple[float, Series]]] = {}
     for row in run.rows:
         loads = row.get("loads") or []
-        layers = row.get("layers") or range(len(loads))
-        for layer, load in zip(layers, loads, strict=False):
-            if load and all(isinstance(v, int | float) for v in load):
-                by_layer.setdefault(layer, []).append((run.position(row), load))
+        for layer, load in zip(row.get("layers") or range(len(loads)), loads, strict=False):
+            load_E = np.asarray(load, np.float64)  # null becomes NaN
+            if load_E.size and np.isfinite(load_E).all():
+                by_layer.setdefault(layer, []).append((run.position(row), load_E))
     grids = {}
     for layer, points in sorted(by_layer.items()):
         count = len(points[-1][1])
         points = [p for p in points if len(p[1]) == count]
-        load_TE = np.array([load for _, load in points], np.float64)
+        load_TE = np.stack([load_E for _, load_E in points])
         load_TE = load_TE / np.maximum(load_TE.mean(axis=1, keepdims=True), 1e-30)
         bins = np.array_split(load_TE, min(COLUMNS, len(load_TE)))
         grids[layer] = (np.stack([b.mean(axis=0) for b in bins], axis=1), points[0][0], points[-1][0])
@@ -221,7 +228,7 @@ def loads_figure(run: Run) -> str:
     grids = load_grid(run)
     if not grids:
         return ""
-    columns = min(len(grids), 3 if len(grids) <= 9 else 4 if len(grids) <= 32 else 6)
+    columns = min(len(grids), 2 if len(grids) in (2, 4) else 3 if len(grids) <= 9 else 4 if len(grids) <= 32 else 6)
     rows = -(-len(grids) // columns)
     height = 1.75 if rows <= 3 else 1.3 if rows <= 8 else 1.0
     figure, axes = _new(WIDTH, height * rows + 0.75, rows, columns)
@@ -250,7 +257,7 @@ def loads_figure(run: Run) -> str:
             axis.set_xticklabels([])
     for axis in axes.flat[len(grids) :]:
         axis.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.5, aspect=50, pad=0.02, anchor=(0.0, 0.5))
+    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.5, aspect=50, pad=0.03, anchor=(0.0, 0.5))
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["a quarter and less", "half", "even", "twice", "4 times and more"])
     bar.ax.tick_params(length=0, labelsize=9, labelcolor=FAINT)
     bar.outline.set_visible(False)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .figures import TIMES, Run, lines_figure, load_grid, loads_figure, loss_figure, short, time_shares, times_figure
+from .figures import TIMES, Run, lines_figure, loads_figure, loss_figure, short, time_shares, times_figure
 from .metrics import read_metrics
 
 STYLE = """
@@ -43,7 +43,7 @@ td { overflow-wrap: anywhere; }
 .keys { display: flex; flex-wrap: wrap; gap: 4px 22px; font-size: 13.5px; margin-bottom: 6px; }
 .keys i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }
 .keys small { color: var(--faint); font-size: 12.5px; }
-details { margin: 14px 0; } summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
+summary { cursor: pointer; font-weight: 600; } .groups { margin-top: 16px; }
 .groups { columns: 2; column-gap: 40px; } .groups div { break-inside: avoid; margin-bottom: 18px; }
 .groups table { width: 100%; } .groups h4 { margin: 0 0 2px; font-size: 13.5px; color: var(--accent); }
 footer { color: var(--faint); font-size: 12.5px; margin-top: 36px; }
@@ -132,20 +132,20 @@ def _facts(run: Run) -> dict[str, str]:
             facts[name] = form.format(value)
 
     valid = run.series("valid_loss")[1]
-    add("training loss, at the end", _last(run, "loss"))
+    add("training loss", _last(run, "loss"))
     if len(valid):
-        add("validation loss, last", float(valid[-1]))
-        add("validation perplexity", math.exp(min(float(valid[-1]), 700)), "{:.2f}")
+        add("validation loss", float(valid[-1]))
+        add("perplexity", math.exp(min(float(valid[-1]), 700)), "{:.2f}")
     last = run.rows[-1]
     facts["steps"] = f"{last['step']:,}"
     if run.has_tokens:
         facts["tokens"] = short(last["tokens"])
     speed = run.series("tokens_per_s")[1]
-    add("tokens/s, median", float(np.median(speed)) if len(speed) else None, "{:,.0f}")
+    add("tokens/s", float(np.median(speed)) if len(speed) else None, "{:,.0f}")
     mfu = run.series("mfu")[1]
-    add("of the machine's peak", float(np.median(mfu)) if len(mfu) else None, "{:.1%}")
-    if load_grid(run):
-        add("busiest expert / mean", _last(run, "max_mean"), "{:.2f}")
+    add("of peak (MFU)", float(np.median(mfu)) if len(mfu) else None, "{:.1%}")
+    if run.has_loads:
+        add("max / mean load", _last(run, "max_mean"), "{:.2f}")
         add("dropped", _last(run, "drop"), "{:.1%}")
     skipped = run.series("skipped")[1]
     if len(skipped) and skipped.max() > 0:
@@ -210,7 +210,7 @@ def _run_page(run: Run, alone: bool) -> str:
             _heat(run),
         )
     )
-    if load_grid(run):
+    if run.has_loads:
         router = {
             "Busiest expert / mean load": ("max_mean",),
             "Share of assignments dropped": ("drop",),
