@@ -154,11 +154,7 @@ class Checkpointer:
             return
         if not manifest["files"]:
             raise CheckpointError("no shard was found where this machine's ranks wrote: is the run directory shared?")
-        manifest["seal"] = seal_of(manifest)
-        with (unfinished / MANIFEST).open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        self._write_manifest(unfinished, manifest)
         if final.exists():
             _move_aside(final)
         unfinished.rename(final)
@@ -167,6 +163,16 @@ class Checkpointer:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        self._prune()
+
+    def _write_manifest(self, unfinished: Path, manifest: dict[str, Any]) -> None:
+        manifest["seal"] = seal_of(manifest)
+        with (unfinished / MANIFEST).open("w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _prune(self) -> None:
         for old in list_checkpoints(self.directory)[max(self.keep, 1) :]:
             shutil.rmtree(old, ignore_errors=True)
 

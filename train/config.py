@@ -174,8 +174,6 @@ def check(config: TrainConfig, world: int) -> None:
     experts = sorted({e for e in model.experts if e})
     if any(e < 0 for e in model.experts):
         raise ValueError(f"model.experts {model.experts} has a negative count: use 0 for a dense layer")
-    if model.moe.top_k < 1:
-        raise ValueError(f"model.moe.top_k is {model.moe.top_k}: give 1 or more")
     if parallel.tp != 1:
         raise ValueError(f"parallel.tp is {parallel.tp}, but tensor parallelism is not built yet: use 1")
     if parallel.ep < 1 or world % parallel.ep:

@@ -135,6 +135,7 @@ class Trainer:
         return {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
+            "loss": next(iter(totals.losses.values())),
             **totals.losses,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": totals.norm,
