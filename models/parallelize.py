@@ -123,8 +123,9 @@ def _fully_shard(
 
     def place(parameter: nn.Parameter) -> Shard | None:
         # Dimension 0 of a stack of experts is cut already; a second cut would interleave experts over ranks.
-        fits = isinstance(parameter, DTensor) and parameter.shape[1] % size == 0
-        return Shard(1) if fits else None
+        if not isinstance(parameter, DTensor):
+            return None
+        return next((Shard(d) for d in range(1, parameter.dim()) if parameter.shape[d] % size == 0), None)
 
     fully_shard(
         module,

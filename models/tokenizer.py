@@ -75,29 +75,26 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        # Ids from the last piece that was told, which decide how the next one begins, and how many they are.
         self._ids: list[int] = []
-        self._told = ""
+        self._told = 0
 
     def push(self, token: int) -> str:
         """The text that this id completes, often "" in the middle of a character."""
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
+        piece = self._rest()
+        if piece.endswith("\ufffd"):
             return ""
-        return self._tell(text)
+        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+        return piece
 
     def finish(self) -> str:
         """What is left, with U+FFFD for bytes that never made a character."""
-        return self._tell(self._tokenizer.decode(self._ids))
+        return self._rest()
 
-    def _tell(self, text: str) -> str:
-        piece = text[len(self._told) :]
-        if text.endswith("\n"):
-            # A piece may end here for good: what comes later does not change what a line break was decoded to.
-            self._ids, self._told = [], ""
-        else:
-            self._told = text
-        return piece
+    def _rest(self) -> str:
+        told = self._tokenizer.decode(self._ids[: self._told])
+        return self._tokenizer.decode(self._ids)[len(told) :]
 
 
 def _load(file: Path) -> tokenizers.Tokenizer:

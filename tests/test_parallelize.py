@@ -40,7 +40,8 @@ GPT2 = replace(
     bias=True,
     qk_norm=False,
     tied_head=False,
-    moe=MoEConfig(top_k=1, hidden=12, activation="gelu", bias=True, shared_hidden=10, shared_gate=True),
+    # An odd width, which no second cut divides.
+    moe=MoEConfig(top_k=1, hidden=11, activation="gelu", bias=True, shared_hidden=10, shared_gate=True),
 )
 BATCH, SEQUENCE = 8, 10
 

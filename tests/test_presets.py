@@ -120,9 +120,9 @@ def test_flops_are_what_torch_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     config, S = replace(PRESETS["tiny-dense"](), layers=2), 64
-    model = GPT(config)
+    model = GPT(config, device="meta")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(torch.zeros(1, S, dtype=torch.long))
+        model(torch.zeros(1, S, dtype=torch.long, device="meta"))
     other_half = 2 * config.layers * config.heads * config.width_per_head * S * S
     norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
     assert counter.get_total_flops() == (flops_per_token(config, S) // 3 - 2 * norms) * S + other_half
