@@ -148,6 +148,9 @@ def test_evaluation_drops_by_its_own_factor() -> None:
 def test_capacity(tokens: int, K: int, experts: int, factor: float, least: int, rows: int) -> None:
     gate = Gate(D, experts, K, GateConfig(capacity_factor=factor, min_capacity=least))
     assert gate.capacity(tokens) == rows
+    torch.nn.init.zeros_(gate.weight)  # all tokens choose the first experts
+    for valid_T in (None, torch.ones(tokens, dtype=torch.bool)):
+        assert gate(torch.randn(tokens, D), valid_T).stats.kept_E[0] == min(rows, tokens)
     assert gate.eval().capacity(tokens) is None
 
 
