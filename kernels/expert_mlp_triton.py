@@ -25,12 +25,12 @@ from .grouped_gemm_triton import (
     at,
     expert_rows,
     find_tile,
+    jit_tuned,
     lanes,
     live_sources,
     ragged_grid,
     rows_gemm,
     tiles,
-    tuned,
     weights_gemm,
 )
 from .permute_triton import unpermute_triton
@@ -66,7 +66,7 @@ def _gelu(z):
     return z * half, half + z * half * (1.0 - half) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
 
 
-@tuned(_UP_CONFIGS, SMALL, key=["D", "F", "E", "GATED"])
+@jit_tuned(_UP_CONFIGS, SMALL, key=["D", "F", "E", "GATED"])
 def _up_kernel(
     a_ptr,
     w_ptr,
@@ -157,7 +157,7 @@ def _activation_grad(
     return tl.sum(g_MF * a_MF, 1)
 
 
-@tuned(_DOWN_GRAD_CONFIGS, _without_columns(SMALL)[0], key=["D", "F", "E", "GATED"])
+@jit_tuned(_DOWN_GRAD_CONFIGS, _without_columns(SMALL)[0], key=["D", "F", "E", "GATED"])
 def _down_grad_kernel(
     a_ptr,
     w_ptr,

@@ -23,7 +23,7 @@ GROUP = 8
 Config = dict[str, int]
 
 
-def tuned(configs: Sequence[Config], small: Config, key: Sequence[str]) -> Callable[[Callable[..., Any]], Any]:
+def jit_tuned(configs: Sequence[Config], small: Config, key: Sequence[str]) -> Callable[[Callable[..., Any]], Any]:
     """Compiles a kernel and picks its tiles once for each value of `key`, which holds weight shapes and no row count.
 
     Timings are kept on disk, so that a resumed run takes the same tiles and sums in the same order. The interpreter
@@ -122,7 +122,7 @@ def at(pointer, index, stride: tl.constexpr):
     return pointer + tl.cast(index, tl.int64) * stride
 
 
-@tuned(_CONFIGS, SMALL, key=["C", "N", "E", "TURNED"])
+@jit_tuned(_CONFIGS, SMALL, key=["C", "N", "E", "TURNED"])
 def _rows_kernel(
     a_ptr,
     w_ptr,
@@ -170,7 +170,7 @@ def _rows_kernel(
         tl.store(out_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=(rows_M < left)[:, None] & (cols_N < N)[None, :])
 
 
-@tuned(_GATHER_CONFIGS, SMALL, key=["M", "N", "E", "GATHER_A", "GATHER_B"])
+@jit_tuned(_GATHER_CONFIGS, SMALL, key=["M", "N", "E", "GATHER_A", "GATHER_B"])
 def _weights_kernel(
     a_ptr,
     b_ptr,
