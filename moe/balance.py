@@ -18,7 +18,8 @@ def balance_loss(probs_TE: Tensor, fraction_E: Tensor) -> Tensor:
 
     One token's share is 1.0 at perfect balance, for any k, because f_i is the share of the k * T assignments
     before any drop. The gradient flows through p alone. Divided by the tokens this is DeepSpeed's `l_aux` (whose
-    top-2 counts first choices only), Megatron's without its coefficient, and OLMo's; MegaBlocks' divided by layers.
+    top-2 counts first choices only), Megatron's without its coefficient, and OLMo's. MegaBlocks' is divided by the
+    layers; that of HF's Mixtral is k times as large, over all layers at once.
 
     Args:
         probs_TE: scores that sum to one per token; zero rows for padding.

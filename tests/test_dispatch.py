@@ -83,6 +83,7 @@ def _all_cases(rank: int, world: int) -> dict[str, Any]:
     results: dict[str, Any] = {f"ep {ep}": _layout(rank, world, ep) for ep in LAYOUTS[world]}
     results["traffic"] = _traffic(rank, world)
     results["primitives"] = _primitives(rank, world)
+    results["bf16"] = _bf16(rank, world)
     results["refusals"] = _refusals()
     return results
 
@@ -117,6 +118,29 @@ def _traffic(rank: int, world: int) -> dict[str, list[int]]:
     finally:
         dist.all_to_all_single = real  # type: ignore[assignment]
     return counted
+
+
+def _bf16(rank: int, world: int) -> list[Tensor]:
+    """The answer and the gradients of bf16 experts, over all ranks and by themselves."""
+    group = dist.group.WORLD
+    assert group is not None
+    x_BSD, valid_BS, dy_BSD = _tokens(rank, 9)
+    config = MoEConfig(hidden=F, gate=GateConfig(aux_weight=0.0))
+    whole = MoE(D, E, config, dtype=torch.bfloat16)
+    cut = MoE(D, E, config, dtype=torch.bfloat16)
+    here = E // world
+    pairs = []
+    for moe in (whole, cut):
+        moe.load_state_dict(_whole(config, E).state_dict())
+    for name, p in list(cut.experts.named_parameters()):
+        setattr(cut.experts, name, torch.nn.Parameter(p.detach()[rank * here : (rank + 1) * here].clone()))
+    cut.dispatch = AllToAllDispatch(group, E)
+    for moe in (whole, cut):
+        x = x_BSD.bfloat16().requires_grad_()
+        y_BSD = moe(x, valid_BS).y
+        (y_BSD * dy_BSD.bfloat16()).sum().backward()
+        pairs += [y_BSD.detach(), x.grad, moe.gate.weight.grad]
+    return pairs
 
 
 def _primitives(rank: int, world: int) -> dict[str, Any]:
@@ -195,6 +219,9 @@ def test_any_layout_equals_one_rank(world: int) -> None:
         assert ranks[0]["two experts"]["ep"] == min(ep, 2)
     _check_primitives([r["primitives"] for r in results])
     for one in results:
+        for mine, theirs in zip(one["bf16"][3:], one["bf16"][:3], strict=True):
+            assert mine.dtype == theirs.dtype
+            assert_close_rms(mine, theirs, 2e-2, "bf16")
         _check_traffic(one["traffic"], world)
         uneven, dropless = one["refusals"]
         assert world == 1 or f"3 experts do not spread evenly over {world} ranks" in uneven
