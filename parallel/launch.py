@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
 import logging
 import os
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+# Options of mallopt(3).
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -56,6 +60,8 @@ def init_ranks(device: str | None = None, *, timeout_s: float = 1800) -> Ranks:
     rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
     local_rank = _number("LOCAL_RANK", rank)
     chosen = _device(device, local_rank)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -66,6 +72,15 @@ def init_ranks(device: str | None = None, *, timeout_s: float = 1800) -> Ranks:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=bound)
     return Ranks(rank, local_rank, world, chosen)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc's malloc to keep what is freed. By default it returns every block of over 32 MB to the system, and
+    the page faults of the next one cost many times a pass over it: a training step on a CPU makes dozens of them."""
+    with contextlib.suppress(OSError, AttributeError):  # another system, or another C library
+        libc = ctypes.CDLL(None)
+        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 1 << 26)):
+            libc.mallopt(option, value)
 
 
 def rank_logger(rank: int) -> logging.Logger:
