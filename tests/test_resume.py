@@ -1,10 +1,13 @@
 """A run killed with SIGKILL at any moment, also while it saves, goes on bit for bit as if nothing had happened."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import write_text
@@ -12,56 +15,91 @@ from runs import write_text
 from coterie.train.metrics import read_metrics
 from coterie.train.prepare import prepare
 
-# Runs the entry with a SIGKILL built in: KILL="where:count" kills at the count-th call of that moment.
+# Lives of a run, one after another: each is a process per rank, forked from one that has imported everything.
+# A life has a SIGKILL built into one rank: "moment:count" kills at the count-th passing of that moment. When a rank
+# dies the others are killed too, as torchrun does. Reports, per life, the first rank's end and the checkpoints left.
 SCRIPT = """
-import os, signal, sys
-from coterie.train import checkpoint, metrics, pretrain
+import json, os, signal, sys
+from coterie.train import checkpoint, metrics, pretrain, session
+from coterie.train.token_files import quiet_megatron
 
-where, _, count = os.environ.get("KILL", "").partition(":")
-left = int(count or 0)
+quiet_megatron("gpt_dataset")
 
-def kill_at(name, owner, method, before):
-    real = getattr(owner, method)
+def kill_at(owner, method, count, before):
+    real, left = getattr(owner, method), [count]
     def wrapped(*arguments, **options):
-        global left
-        if where == name:
-            left -= 1
-        if where == name and left == 0 and before:
+        left[0] -= 1
+        if left[0] == 0 and before:
             os.kill(os.getpid(), signal.SIGKILL)
         result = real(*arguments, **options)
-        if where == name and left == 0 and not before:
+        if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     setattr(owner, method, wrapped)
 
-if os.environ.get("RANK", "0") == os.environ.get("KILL_RANK", "0"):
-    kill_at("row", metrics.MetricsWriter, "write", False)
-    kill_at("shards", checkpoint.Checkpointer, "_hash_own", True)
-    kill_at("manifest", checkpoint.Checkpointer, "_write_manifest", False)
-    kill_at("renamed", checkpoint.Checkpointer, "_prune", True)
-sys.exit(pretrain.main())
+MOMENTS = {
+    "row": (metrics.MetricsWriter, "write", False),
+    "shards": (checkpoint.Checkpointer, "_hash_own", True),
+    "manifest": (checkpoint.Checkpointer, "_write_manifest", False),
+    "renamed": (checkpoint.Checkpointer, "_prune", True),
+}
+
+def live(life, rank, world):
+    log = os.open(life["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(life["port"]))
+    moment, _, count = life["kill"].partition(":")
+    if moment and rank == life["killed_rank"]:
+        owner, method, before = MOMENTS[moment]
+        kill_at(owner, method, int(count), before)
+    os._exit(pretrain.main(life["arguments"]))
+
+report = []
+for life in json.loads(sys.argv[1]):
+    children = []
+    for rank in range(life["world"]):
+        child = os.fork()
+        if child == 0:
+            live(life, rank, life["world"])
+        children.append(child)
+    ends = {}
+    while len(ends) < len(children):
+        child, status = os.wait()
+        ends[child] = os.waitstatus_to_exitcode(status)
+        if ends[child]:
+            for other in children:
+                if other not in ends:
+                    os.kill(other, signal.SIGKILL)
+    report.append([ends[children[life["killed_rank"]]], sorted(os.listdir(life["checkpoints"]))])
+print(json.dumps(report))
 """
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory):
-    """Calls the entry in a process of its own: run(directory, kill, ranks) -> exit status, output."""
+    """Runs lives of one directory after another: run([(directory, kill), ...]) -> [(exit code, checkpoints), ...]."""
     folder = tmp_path_factory.mktemp("resume")
     prepare([write_text(folder / "text.txt")], folder / "train", train_vocab=300, split="blank", quiet=True)
-    script = folder / "entry.py"
+    script = folder / "lives.py"
     script.write_text(SCRIPT)
 
-    def call(directory: Path, kill: str = "", ranks: int = 1, *flags: str, kill_rank: int = 0) -> tuple[int, str]:
-        launch = [sys.executable]
-        if ranks > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    def call(lives: list[tuple[Path, str]], world: int = 1, killed_rank: int = 0) -> list[Any]:
         options = {
-            "--run-dir": directory,
             "--data.train": folder / "train",
             "--data.split": "90,10,0",
-            "--data.cache": folder / "cache",
+            "--data.cache": folder / f"cache{world}",
             "--parallel.device": "cpu",
             "--parallel.threads": 1,
+            "--parallel.ep": world,
             "--steps": 9,
             "--eval-every": 4,
             "--checkpoint.every": 2,
@@ -70,16 +108,23 @@ def run(tmp_path_factory: pytest.TempPathFactory):
             "--model.moe.gate.noise": "jitter",
             "--model.moe.gate.bias-update": 0.01,
         }
-        line = [str(x) for pair in options.items() for x in pair]
-        environment = os.environ | {"KILL": kill, "KILL_RANK": str(kill_rank), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*launch, str(script), "tiny", *line, *flags],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        return done.returncode, done.stdout + done.stderr
+        told = [
+            {
+                "arguments": ["tiny", *(str(x) for p in ({"--run-dir": d} | options).items() for x in p)],
+                "log": f"{d}.log",
+                "checkpoints": f"{d}/checkpoints",
+                "kill": kill,
+                "world": world,
+                "killed_rank": killed_rank,
+                "port": _free_port(),
+            }
+            for d, kill in lives
+        ]
+        command = [sys.executable, str(script), json.dumps(told)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+        return [tuple(entry) for entry in json.loads(done.stdout.splitlines()[-1])]
 
     return call
 
@@ -90,48 +135,35 @@ def story(directory: Path) -> list[tuple]:
     return [tuple(row.get(name) for name in names) for row in read_metrics(directory)]
 
 
-def checkpoints(directory: Path) -> list[str]:
-    return sorted(p.name for p in (directory / "checkpoints").iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.dist
 def test_killed_anywhere_is_bitwise_the_same(run, tmp_path: Path) -> None:
-    status, output = run(tmp_path / "whole")
-    assert status == 0, output
-    cut = tmp_path / "cut"
-    # Saves are at steps 2, 4, 6, 8 and 9; each life goes on from the newest whole one.
-    lives = {
-        "row:1": [],  # nothing was saved yet
-        "renamed:2": ["step_00000002", "step_00000004"],  # in place, what is too old not yet removed
-        "shards:1": ["step_00000002", "step_00000004", "unfinished_00000006"],  # shards written, nothing else
-        "manifest:1": ["step_00000002", "step_00000004", "unfinished_00000006"],  # all written, not yet renamed
-        "row:3": ["step_00000004", "step_00000006"],  # between saves
-    }
-    for kill, left in lives.items():
-        status, output = run(cut, kill)
-        assert status == -signal.SIGKILL, f"{kill}: {output}"
-        assert checkpoints(cut) == left, kill
-    status, output = run(cut)
-    assert status == 0, output
-    assert "resumed from" in output
-    assert story(cut) == story(tmp_path / "whole")
-    assert checkpoints(cut) == ["step_00000008", "step_00000009"]
-    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    """Saves are at steps 2, 4, 6, 8 and 9; each life goes on from the newest whole checkpoint."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    saved = ["step_00000002", "step_00000004"]
+    lives = [
+        ("row:1", []),  # nothing was saved yet
+        ("renamed:2", saved),  # in place; what is too old is not yet removed
+        ("shards:1", [*saved, "unfinished_00000006"]),  # shards written, nothing else
+        ("manifest:1", [*saved, "unfinished_00000006"]),  # all written, not yet renamed
+        ("row:1", saved),  # between saves; what the life before left is cleared
+    ]
+    done = run([(whole, ""), *((cut, kill) for kill, _ in lives), (cut, "")])
+    assert done[0] == (0, ["step_00000008", "step_00000009"]), Path(f"{whole}.log").read_text()
+    for (kill, left), end in zip(lives, done[1:], strict=False):
+        assert end == (-signal.SIGKILL, left), f"{kill}: {Path(f'{cut}.log').read_text()}"
+    assert done[-1] == done[0], Path(f"{cut}.log").read_text()
+    assert Path(f"{cut}.log").read_text().count("step_00000004, step 4") == 4
+    assert story(cut) == story(whole)
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, cut)]
     assert weights[0] == weights[1]
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_one_killed_while_saving(run, tmp_path: Path) -> None:
-    flags = ("--parallel.ep", "2")
-    status, output = run(tmp_path / "whole", "", 2, *flags)
-    assert status == 0, output
-    status, output = run(tmp_path / "cut", "shards:2", 2, *flags, kill_rank=1)
-    assert status != 0
-    assert "step_00000002" in checkpoints(tmp_path / "cut")
-    assert "step_00000004" not in checkpoints(tmp_path / "cut")
-    status, output = run(tmp_path / "cut", "", 2, *flags)
-    assert status == 0, output
-    assert "step_00000002, step 2" in output
-    assert story(tmp_path / "cut") == story(tmp_path / "whole")
+    """Experts over two ranks; the second one dies with its shards written, in the save of step 4."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = run([(whole, ""), (cut, "shards:2"), (cut, "")], world=2, killed_rank=1)
+    assert done[0][0] == 0, Path(f"{whole}.log").read_text()
+    assert done[1] == (-signal.SIGKILL, ["step_00000002", "unfinished_00000004"]), Path(f"{cut}.log").read_text()
+    assert done[2] == done[0], Path(f"{cut}.log").read_text()
+    assert "step_00000002, step 2" in Path(f"{cut}.log").read_text()
+    assert story(cut) == story(whole)
