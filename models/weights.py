@@ -126,13 +126,17 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     if dtype is not None:
         state = {name: tensor.to(_stored(name, dtype)) for name, tensor in state.items()}
-    partial = folder / (WEIGHTS + ".partial")
-    save_file(state, str(partial), metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS)
     text = json.dumps(config_to_dict(model.config), indent=2) + "\n"
-    partial = folder / "config.json.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, folder / "config.json")
+    config, weights = folder / "config.json.partial", folder / f"{WEIGHTS}.partial"
+    try:
+        config.write_text(text, encoding="utf-8")
+        save_file(state, str(weights), metadata={"format": "pt"})
+        weights.chmod(config.stat().st_mode)  # the library lets its owner alone read it
+        os.replace(weights, folder / WEIGHTS)
+        os.replace(config, folder / "config.json")
+    finally:
+        config.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
 

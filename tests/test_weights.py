@@ -56,6 +56,7 @@ def _change(folder: Path, **changes: torch.Tensor | None) -> None:
 
 def test_a_model_comes_back(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert (saved / "model.safetensors").stat().st_mode == (saved / "config.json").stat().st_mode
     original = GPT(CONFIG)
     original.init_weights(4)
     loaded = load_model(saved, device="cpu")
@@ -130,6 +131,7 @@ def test_a_failed_save_leaves_the_old_model(saved: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"):
         save_model(saved, load_model(saved))
     assert (saved / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
 @pytest.mark.parametrize("name", PRESETS)
