@@ -31,7 +31,7 @@ def quickstart(folder: Path, *, seed: int = 1234) -> None:
     """Runs every stage that has not left its result in `folder` yet, then prints what came out.
 
     Raises:
-        RuntimeError: A training run ended with an error; its own output says which.
+        ChildProcessError: A training run did not reach its end; its own output says why.
     """
     start = time.perf_counter()
     folder = Path(folder)
@@ -41,7 +41,7 @@ def quickstart(folder: Path, *, seed: int = 1234) -> None:
         _stage(f"{number}/4  Pretraining the {name} model on {RANKS} ranks ({recipe})")
         _pretrain(recipe, folder / recipe, train, valid, seed)
     _stage("4/4  Results")
-    results = _results(folder, train, valid)
+    results = _results(folder)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     page = report(*(folder / recipe for recipe in RUNS.values()))
     _show(folder, results, page, time.perf_counter() - start)
@@ -63,7 +63,8 @@ def _tokens(folder: Path) -> tuple[Path, Path]:
 
 
 def _pretrain(recipe: str, run: Path, train: Path, valid: Path, seed: int) -> None:
-    if (run / "model" / "config.json").exists():
+    done = run / "model" / "config.json"
+    if done.exists():
         print(f"{run} is there already")
         return
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
@@ -71,11 +72,11 @@ def _pretrain(recipe: str, run: Path, train: Path, valid: Path, seed: int) -> No
     command = [sys.executable, *launch, "-m", "coterie.train.pretrain", recipe, *map(str, leaves)]
     # One thread a rank unless the user says otherwise: torchrun warns when nobody has chosen.
     code = subprocess.call(command, env={"OMP_NUM_THREADS": "1", **os.environ})
-    if code:
-        raise RuntimeError(f"the {recipe} run ended with status {code}; the same command goes on from its checkpoint")
+    if code or not done.exists():
+        raise ChildProcessError(f"{recipe} ended early (status {code}): the same command goes on from its checkpoint")
 
 
-def _results(folder: Path, train: Path, valid: Path) -> dict[str, Any]:
+def _results(folder: Path) -> dict[str, Any]:
     """Validation losses in nats per token, of the models and of n-grams fitted on the tokens they were trained on."""
     results: dict[str, Any] = {}
     for name, recipe in RUNS.items():
