@@ -97,7 +97,7 @@ def local_square_sum(parameters: Iterable[nn.Parameter], world: int) -> Tensor:
             parts.setdefault(copies, []).append(grad)
     total: Tensor | None = None
     for copies, grads in parts.items():
-        norms = torch.stack(torch._foreach_norm(grads)).double()
+        norms = torch.stack(torch._foreach_norm(grads)).double()  # pyright: ignore[reportPrivateImportUsage]
         part = norms.square().sum() / copies
         total = part if total is None else total + part
     return torch.zeros((), dtype=torch.float64) if total is None else total
@@ -109,4 +109,4 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
     grads = [g for g in grads if g.numel()]
     if grads:
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
