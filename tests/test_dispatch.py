@@ -18,7 +18,7 @@ from coterie.parallel.all_to_all import all_to_all_rows, exchange_counts
 from coterie.parallel.collectives import all_reduce_sum
 from coterie.parallel.mesh import Mesh, build_mesh
 
-D, E, F = 10, 4, 14
+D, E, F = 10, 8, 14  # at any degree, ranks and experts per rank differ in number
 
 DROPS = GateConfig(capacity_factor=0.6, min_capacity=1, drop_policy="probability", aux_scope="global")
 CONFIGS = {
