@@ -187,3 +187,13 @@ def test_what_is_no_model_says_so(folder: Path, tmp_path: Path) -> None:
     (folder / "metrics.jsonl").touch()
     with pytest.raises(FileNotFoundError, match="has not written its model/ yet"):
         open_model(folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [MODERN, GPT2], ids=["modern", "gpt2"])
+def test_greedy_on_cuda_equals_recomputing_everything(config: ModelConfig) -> None:
+    model, whole_BS = _model(config).cuda(), torch.randint(0, 300, (3, 6)).cuda()
+    got_BS = torch.stack(list(generate(model, whole_BS, 20, temperature=0)), 1)
+    for _ in range(20):
+        whole_BS = torch.cat([whole_BS, model(whole_BS).logits_BSV[:, -1:].argmax(-1)], 1)
+    assert torch.equal(got_BS, whole_BS[:, 6:])

@@ -354,3 +354,22 @@ def test_sizes_that_do_not_fit_are_refused(change: dict, words: str) -> None:
 def test_too_long_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="25 tokens pass the model's 24 positions"):
         _model(GPT2)(_tokens(GPT2, 1, 25))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [MODERN, GPT2], ids=["modern", "gpt2"])
+def test_cuda_equals_cpu(config: ModelConfig) -> None:
+    """Loss and every gradient, on the routes that the CPU took; recomputing blocks and not."""
+    expected, tokens_BS, targets_BS = _model(config), _tokens(config), _tokens(config)
+    out = expected(tokens_BS, targets_BS=targets_BS)
+    (out.lm + 0.1 * out.aux).backward()
+    routes = tuple(route.cuda() for route in out.routes)
+    for recompute in (False, True):
+        model = GPT(config, device="cuda")
+        model.init_weights(5)
+        model.recompute = recompute
+        got = model(tokens_BS.cuda(), targets_BS=targets_BS.cuda(), routes=routes)
+        (got.lm + 0.1 * got.aux).backward()
+        assert_close_rms(got.lm, out.lm, 1e-5, "loss")
+        for name, grad in _gradients(expected).items():
+            assert_close_rms(_gradients(model)[name], grad, 1e-4, name)
