@@ -6,40 +6,54 @@ N = 2F (swiglu) or F (gelu).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu_gemm import empty, matmul
 
+_BLOCK = 256
+
 
 class _Rows:
-    """The plan as this file reads it: token and validity of each row, and the span of every expert that has rows."""
+    """The plan as this file reads it: the token of each row, and blocks of consecutive rows to work on.
+
+    A block is one expert, or several small ones of at most 256 rows together: what is not a product runs once for
+    all of them, while their rows are in the cache.
+    """
 
     def __init__(self, source_R: Tensor, slot_TK: Tensor, counts_E: Tensor) -> None:
-        self.counts = counts_E.tolist()
+        self.counts: list[int] = counts_E.tolist()
         self.used = sum(self.counts)
-        self.most = max(self.counts, default=0)
+        self.most = max(_BLOCK, *self.counts) if self.counts else 0
         self.slot_TK = slot_TK
         self.source_R = source_R[: self.used]
         self.token_R = self.source_R.clamp(min=0) // slot_TK.shape[1]
         empty_R = self.source_R < 0
         self.empty_R = empty_R if bool(empty_R.any()) else None
 
-    def spans(self) -> Iterator[tuple[int, int, int]]:
-        first = 0
+    def blocks(self) -> list[tuple[slice, list[tuple[int, slice]]]]:
+        """The rows of each block, and its experts with their rows inside the block."""
+        blocks: list[tuple[slice, list[tuple[int, slice]]]] = []
+        first = last = 0
         for e, count in enumerate(self.counts):
-            if count:
-                yield e, first, first + count
-            first += count
+            if not count:
+                continue
+            if blocks and last + count - first <= _BLOCK:
+                parts = blocks[-1][1]
+            else:
+                first, parts = last, []
+                blocks.append((slice(first, last), parts))
+            parts.append((e, slice(last - first, last - first + count)))
+            last += count
+            blocks[-1] = (slice(first, last), parts)
+        return blocks
 
-    def gather(self, x_TD: Tensor, first: int, last: int, out_SD: Tensor) -> Tensor:
+    def gather(self, x_TD: Tensor, block: slice, out_SD: Tensor) -> Tensor:
         """The token of each row; zeros for an empty row, so that it adds nothing to any gradient."""
-        torch.index_select(x_TD, 0, self.token_R[first:last], out=out_SD)
+        torch.index_select(x_TD, 0, self.token_R[block], out=out_SD)
         if self.empty_R is not None:
-            out_SD.masked_fill_(self.empty_R[first:last, None], 0)
+            out_SD.masked_fill_(self.empty_R[block, None], 0)
         return out_SD
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor | None) -> Tensor:
@@ -61,17 +75,33 @@ class _Rows:
             return None
         return weights_TK.flatten()[self.source_R.clamp(min=0)].to(dtype)[:, None]
 
+    def scatter(self, values_R: Tensor) -> Tensor:
+        """Each row's value where its assignment is in (T, K); zero where that was dropped."""
+        values_A = values_R.new_zeros(self.slot_TK.numel())
+        here_R = slice(None) if self.empty_R is None else ~self.empty_R
+        values_A[self.source_R[here_R]] = values_R[here_R]
+        return values_A.view(self.slot_TK.shape)
 
-def _activate(z_SN: Tensor, activation: str, out_SF: Tensor) -> Tensor:
+    def gradient_like(self, weight_E: Tensor) -> Tensor:
+        """Room for the gradient of stacked weights: zero for experts without rows, not yet written for the others."""
+        gradient_E = empty(tuple(weight_E.shape), weight_E.dtype)
+        for e, count in enumerate(self.counts):
+            if not count:
+                gradient_E[e].zero_()
+        return gradient_E
+
+
+def _activate(z_SN: Tensor, activation: str, out_SF: Tensor, silu_SF: Tensor) -> Tensor:
+    """act(z); `silu_SF`, which may be `out_SF`, gets silu(gate)."""
     if activation == "gelu":
         return torch.ops.aten.gelu.out(z_SN, approximate="tanh", out=out_SF)
     gate_SF, up_SF = z_SN.chunk(2, 1)
-    torch.ops.aten.silu.out(gate_SF, out=out_SF)
-    return out_SF.mul_(up_SF)
+    torch.ops.aten.silu.out(gate_SF, out=silu_SF)
+    return torch.mul(silu_SF, up_SF, out=out_SF)
 
 
 def _activate_backward(da_SF: Tensor, z_SN: Tensor, activation: str, silu_SF: Tensor, dz_SN: Tensor) -> None:
-    """dz from da. `silu_SF` holds silu(gate) and is lost, as is `da_SF`."""
+    """dz from da, which is lost, and silu(gate)."""
     if activation == "gelu":
         torch.ops.aten.gelu_backward.grad_input(da_SF, z_SN, approximate="tanh", grad_input=dz_SN)
         return
@@ -96,19 +126,23 @@ def forward(
     """(y_TD, z_RN): see `expert_mlp`. Rows of z past the last expert's are zero."""
     rows = _Rows(source_R, slot_TK, counts_E)
     dim, dtype, hidden = x_TD.shape[1], x_TD.dtype, w_out_EDF.shape[2]
+    w_in_EDN, w_out_EFD = w_in_END.transpose(1, 2).unbind(), w_out_EDF.transpose(1, 2).unbind()
     z_RN = empty((len(source_R), w_in_END.shape[1]), dtype)
     z_RN[rows.used :].zero_()
     y_RD = empty((rows.used, dim), dtype)
     x_MD, a_MF = empty((rows.most, dim), dtype), empty((rows.most, hidden), dtype)
-    for e, first, last in rows.spans():
-        x_SD, a_SF = rows.gather(x_TD, first, last, x_MD[: last - first]), a_MF[: last - first]
-        z_SN, y_SD = z_RN[first:last], y_RD[first:last]
-        matmul(x_SD, w_in_END[e].t(), z_SN)
-        if b_in_EN is not None:
-            z_SN += b_in_EN[e]
-        matmul(_activate(z_SN, activation, a_SF), w_out_EDF[e].t(), y_SD)
-        if b_out_ED is not None:
-            y_SD += b_out_ED[e]
+    for block, parts in rows.blocks():
+        size = block.stop - block.start
+        x_SD, z_SN, y_SD = rows.gather(x_TD, block, x_MD[:size]), z_RN[block], y_RD[block]
+        for e, part in parts:
+            matmul(x_SD[part], w_in_EDN[e], z_SN[part])
+            if b_in_EN is not None:
+                z_SN[part] += b_in_EN[e]
+        a_SF = _activate(z_SN, activation, a_MF[:size], a_MF[:size])
+        for e, part in parts:
+            matmul(a_SF[part], w_out_EFD[e], y_SD[part])
+            if b_out_ED is not None:
+                y_SD[part] += b_out_ED[e]
     return rows.combine(y_RD, weights_TK), z_RN
 
 
@@ -127,48 +161,41 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(dx_TD, dw_in, dw_out, dweights_TK, db_in, db_out); None where the operand is None."""
-    rows = _Rows(source_R, slot_TK, counts_E)
-    dtype, (_, dim, hidden) = x_TD.dtype, w_out_EDF.shape
-    w_R1 = rows.weights(weights_TK, dtype)
-    dw_in, dw_out = empty(tuple(w_in_END.shape), dtype), empty(tuple(w_out_EDF.shape), dtype)
+    rows, dtype = _Rows(source_R, slot_TK, counts_E), x_TD.dtype
+    w_in, w_out, weights_R1 = w_in_END.unbind(), w_out_EDF.unbind(), rows.weights(weights_TK, dtype)
+    dw_in, dw_out = rows.gradient_like(w_in_END), rows.gradient_like(w_out_EDF)
     db_in = None if b_in_EN is None else torch.zeros_like(b_in_EN)
     db_out = None if b_out_ED is None else torch.zeros_like(b_out_ED)
+    _, dim, hidden = w_out_EDF.shape
     dx_RD, dweights_R = empty((rows.used, dim), dtype), torch.zeros(rows.used)
-    scratch = [empty((rows.most, width), dtype) for width in (dim, dim, hidden, hidden, hidden, w_in_END.shape[1])]
-    for e, count in enumerate(rows.counts):
-        if not count:
-            dw_in[e].zero_()
-            dw_out[e].zero_()
-    for e, first, last in rows.spans():
-        x_SD, dy_SD, da_SF, s_SF, a_SF, dz_SN = (buffer[: last - first] for buffer in scratch)
-        z_SN = z_RN[first:last]
-        rows.gather(x_TD, first, last, x_SD)
-        rows.gather(dy_TD, first, last, dy_SD)
-        matmul(dy_SD, w_out_EDF[e], da_SF)
-        if activation == "gelu":
-            _activate(z_SN, activation, a_SF)
-        else:
-            torch.ops.aten.silu.out(z_SN[:, :hidden], out=s_SF)
-            torch.mul(s_SF, z_SN[:, hidden:], out=a_SF)
-        if w_R1 is not None:
-            torch.mul(da_SF, a_SF, out=dz_SN[:, :hidden])
-            torch.sum(dz_SN[:, :hidden], 1, dtype=torch.float32, out=dweights_R[first:last])
+    scratch = [empty((rows.most, width), dtype) for width in (dim, dim, hidden, hidden, hidden, z_RN.shape[1])]
+    for block, parts in rows.blocks():
+        x_SD, dy_SD, da_SF, silu_SF, a_SF, dz_SN = (buffer[: block.stop - block.start] for buffer in scratch)
+        z_SN, dx_SD = z_RN[block], dx_RD[block]
+        rows.gather(x_TD, block, x_SD)
+        rows.gather(dy_TD, block, dy_SD)
+        for e, part in parts:
+            matmul(dy_SD[part], w_out[e], da_SF[part])
+        _activate(z_SN, activation, a_SF, silu_SF)
+        if weights_R1 is not None:
+            torch.sum(torch.mul(da_SF, a_SF, out=dz_SN[:, :hidden]), 1, dtype=torch.float32, out=dweights_R[block])
             if b_out_ED is not None:
-                dweights_R[first:last] += dy_SD @ b_out_ED[e]
-            da_SF *= w_R1[first:last]
-            dy_SD *= w_R1[first:last]
-        _activate_backward(da_SF, z_SN, activation, s_SF, dz_SN)
-        matmul(dy_SD.t(), a_SF, dw_out[e])
-        matmul(dz_SN.t(), x_SD, dw_in[e])
-        matmul(dz_SN, w_in_END[e], dx_RD[first:last])
-        if db_in is not None:
-            torch.sum(dz_SN, 0, out=db_in[e])
-        if db_out is not None:
-            torch.sum(dy_SD, 0, out=db_out[e])
-    dweights_TK = None
-    if weights_TK is not None:
-        dweights_A = torch.zeros(slot_TK.numel())
-        here_R = torch.arange(rows.used) if rows.empty_R is None else (~rows.empty_R).nonzero()[:, 0]
-        dweights_A[rows.source_R[here_R]] = dweights_R[here_R]
-        dweights_TK = dweights_A.view(slot_TK.shape).to(weights_TK.dtype)
+                for e, part in parts:
+                    dweights_R[block][part] += dy_SD[part] @ b_out_ED[e]
+            da_SF *= weights_R1[block]
+            dy_SD *= weights_R1[block]
+        _activate_backward(da_SF, z_SN, activation, silu_SF, dz_SN)
+        for e, part in parts:
+            matmul(dy_SD[part].t(), a_SF[part], dw_out[e])
+            matmul(dz_SN[part].t(), x_SD[part], dw_in[e])
+            matmul(dz_SN[part], w_in[e], dx_SD[part])
+        _sum_rows(dz_SN, parts, db_in)
+        _sum_rows(dy_SD, parts, db_out)
+    dweights_TK = None if weights_TK is None else rows.scatter(dweights_R).to(weights_TK.dtype)
     return rows.combine(dx_RD, None), dw_in, dw_out, dweights_TK, db_in, db_out
+
+
+def _sum_rows(d_SN: Tensor, parts: list[tuple[int, slice]], db_EN: Tensor | None) -> None:
+    if db_EN is not None:
+        for e, part in parts:
+            torch.sum(d_SN[part], 0, out=db_EN[e])
