@@ -48,19 +48,19 @@ def _quickstart(name: str, experts: tuple[int, ...]) -> TrainConfig:
         experts=experts,
         moe=MoEConfig(top_k=1, hidden=256, residual=True),
     )
-    batch, length, steps = 32, 256, 320
+    batch, length, steps = 16, 256, 400
     return TrainConfig(
         run_dir=f"quickstart/{name}",
         seq_len=length,
         batch_size=batch,
         steps=steps,
-        eval_every=80,
-        eval_batches=6,
+        eval_every=100,
+        eval_batches=12,
         model=model,
         data=DataConfig(train=("quickstart/data/train",), valid=("quickstart/data/valid",)),
-        optim=OptimConfig(lr=3e-3, min_lr=1.5e-4, warmup_tokens=20 * batch * length),
+        optim=OptimConfig(lr=2e-3, min_lr=1e-4, warmup_tokens=30 * batch * length),
         parallel=ParallelConfig(ep=2),
-        checkpoint=CheckpointConfig(every=80, keep=1),
+        checkpoint=CheckpointConfig(every=100, keep=1),
     )
 
 
