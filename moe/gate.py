@@ -113,7 +113,8 @@ class Gate(nn.Module):
         if generator is None:
             generator = self._own_generator(x_TD.device, replaying=replay_TK is not None)
         logits_TE = self._logits(x_TD, generator)
-        ids_TK = self._sample(logits_TE, generator) if replay_TK is None else replay_TK
+        sampled_TK = self._sample(logits_TE, generator)  # in a replay too: the noise of drops comes after it
+        ids_TK = sampled_TK if replay_TK is None else replay_TK
         gated = self._gate(logits_TE, self.top_k, valid_T, ids_TK)
         tokens = torch.full((), len(x_TD), device=x_TD.device) if valid_T is None else valid_T.sum()
         ids_TK, kept_E = self._drop(gated, None if valid_T is None else tokens, generator)
