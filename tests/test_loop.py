@@ -178,6 +178,9 @@ class Explode(torch.autograd.Function):
         return grads[0] * float("inf")
 
 
+SKIPPED = [[True, False, True, False, True], 2, 40, 0, "the output of blocks.2.moe.gate"]
+
+
 def _poisoned_steps(rank: int, world: int, folder: str, kind: str) -> list[Any]:
     """Steps 1 and 3 are bad on the last rank only. Returns, per step, whether the model moved, and the skip count."""
     ranks = Ranks(rank, rank, world, torch.device("cpu"))
@@ -192,7 +195,15 @@ def _poisoned_steps(rank: int, world: int, folder: str, kind: str) -> list[Any]:
         before = {n: t.clone() for n, t in model.state_dict().items()}
         trainer.step(data)
         moved.append(any(not torch.equal(_local(t), _local(before[n])) for n, t in model.state_dict().items()))
-    return [moved, trainer.progress.skipped, trainer.progress.samples, trainer.bad_in_a_row]
+    if rank == world - 1:
+        model.blocks[2].moe.gate.register_forward_hook(_spoil)  # type: ignore[union-attr]
+    batch = make_batch(0, 4, config)
+    found = first_bad_layer(model, lambda: LanguageModelling()(model, batch, None).terms["loss"].value)
+    return [moved, trainer.progress.skipped, trainer.progress.samples, trainer.bad_in_a_row, found]
+
+
+def _spoil(_module: nn.Module, _inputs: Any, routing: Any) -> Any:
+    return routing._replace(weights_TK=routing.weights_TK * float("nan"))
 
 
 def _local(tensor: Any) -> torch.Tensor:
@@ -201,13 +212,13 @@ def _local(tensor: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_bad_step_is_skipped_and_counted(kind: str, tmp_path: Path) -> None:
-    assert _poisoned_steps(0, 1, str(tmp_path), kind) == [[True, False, True, False, True], 2, 40, 0]
+    assert _poisoned_steps(0, 1, str(tmp_path), kind) == SKIPPED
 
 
 @pytest.mark.dist
 def test_a_bad_step_is_skipped_on_all_ranks_alike(tmp_path: Path) -> None:
     results = run_ranks(_poisoned_steps, 2, str(tmp_path), "loss")
-    assert results == [[[True, False, True, False, True], 2, 40, 0]] * 2
+    assert results == [SKIPPED] * 2, "the layer is bad on the second rank alone; both must name it"
 
 
 def test_too_many_bad_steps_name_the_first_bad_layer(tmp_path: Path) -> None:

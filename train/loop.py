@@ -90,6 +90,8 @@ class Trainer:
         )
         self.progress = Progress(world=ranks.world)
         self.bad_in_a_row = 0
+        self._per: dict[str, str] = {}
+        self._failed: tuple[list[Any], dict[str, float]] = ([], {})
 
     def run(self) -> Summary:
         """Trains from where `resume` put the run to its last step, or until a signal; saves.

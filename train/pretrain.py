@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(3)
         print(f"coterie: {_sentence(error)}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:  # before the loop, which handles signals itself
+        return 130
     return 0
 
 
