@@ -1,6 +1,7 @@
 """The entry: what it writes, and one sentence for every mistake, before any compute is spent."""
 
 import json
+import logging
 import os
 import re
 import socket
@@ -30,6 +31,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     prepare([write_text(folder / "text.txt")], folder / "train", train_vocab=300, split="blank", quiet=True)
     return folder / "train"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logger keeps the standard error of the first test that used it."""
+    monkeypatch.setattr(logging.getLogger("coterie"), "handlers", [])
 
 
 def flags(data: Path, run: Path, *more: str) -> list[str]:
