@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu_gemm
 from .backend import choose, jit, tl, triton
 
 
@@ -85,13 +86,21 @@ def head_loss(
     dw_VD = _SumOfProducts(w_VD, wide) if need_w else None
     for first in range(0, tokens, chunk):
         rows = slice(first, min(first + chunk, tokens))
-        logits_CV = torch.mm(x_TD[rows], w_VD.t(), out=logits[: rows.stop - rows.start])
+        logits_CV = logits[: rows.stop - rows.start]
+        _matmul(x_TD[rows], w_VD.t(), logits_CV)
         loss_T[rows] = loss_rows(logits_CV, rows, need_x or need_w)
         if need_x:
-            torch.mm(logits_CV, w_VD, out=dx_TD[rows])
+            _matmul(logits_CV, w_VD, dx_TD[rows])
         if dw_VD is not None:
             dw_VD.add(logits_CV, x_TD[rows])
     return loss_T.sum(), dx_TD, x_TD.new_empty(0) if dw_VD is None else dw_VD.result()
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.is_cuda:
+        torch.mm(a, b, out=out)
+    else:
+        cpu_gemm.matmul(a, b, out)
 
 
 class _SumOfProducts:
@@ -104,16 +113,21 @@ class _SumOfProducts:
 
     def add(self, g_CV: Tensor, x_CD: Tensor) -> None:
         if self.sum is None:
-            self.sum = torch.mm(g_CV.t(), x_CD)
-        elif self.like.dtype == self.wide:
+            self.sum = self._empty()
+            _matmul(g_CV.t(), x_CD, self.sum)
+        elif self.like.is_cuda and self.like.dtype == self.wide:
             self.sum.addmm_(g_CV.t(), x_CD)
         else:
             if self.product is None:
-                self.product, self.sum = torch.empty_like(self.sum), self.sum.to(self.wide)
-            self.sum.add_(torch.mm(g_CV.t(), x_CD, out=self.product))
+                self.product, self.sum = self._empty(), self.sum.to(self.wide)
+            _matmul(g_CV.t(), x_CD, self.product)
+            self.sum.add_(self.product)
 
     def result(self) -> Tensor:
         return self.like.new_zeros(self.like.shape) if self.sum is None else self.sum.to(self.like.dtype)
+
+    def _empty(self) -> Tensor:
+        return torch.empty_like(self.like, memory_format=torch.contiguous_format)
 
 
 def _loss_rows_torch(
