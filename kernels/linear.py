@@ -1,0 +1,68 @@
+"""y = x w^T + b, where torch's own product is slow: fp32 on CPUs.
+
+Shapes: T tokens (all leading axes of x), D inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cpu_gemm
+from .backend import choose
+
+
+def linear(x: Tensor, w_ND: Tensor, b_N: Tensor | None = None) -> Tensor:
+    """(..., D) -> (..., N): `F.linear`, with the products of `cpu_gemm` for fp32 on a CPU, forward and backward."""
+    fast = x.device.type == "cpu" and x.dtype == w_ND.dtype == torch.float32 and choose(x) != "reference"
+    if not fast or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, w_ND, b_N)
+    y = _linear(x, w_ND)
+    return y if b_N is None else y + b_N
+
+
+@torch.library.custom_op("coterie::linear", mutates_args=())
+def _linear(x: Tensor, w_ND: Tensor) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], w_ND.shape[0])
+    cpu_gemm.matmul(x.reshape(-1, x.shape[-1]), w_ND.t(), y.view(-1, y.shape[-1]))
+    return y
+
+
+@torch.library.custom_op("coterie::linear_backward", mutates_args=())
+def _linear_backward(dy: Tensor, x: Tensor, w_ND: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
+    """dx and dw_ND, empty where not needed."""
+    dy_TN, x_TD = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dx, dw_ND = _like(x, w_ND, need_x, need_w)
+    if need_x:
+        cpu_gemm.matmul(dy_TN, w_ND, dx.view(x_TD.shape))
+    if need_w:
+        cpu_gemm.matmul(dy_TN.t(), x_TD, dw_ND)
+    return dx, dw_ND
+
+
+def _like(x: Tensor, w_ND: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if need_x else (0,)), w_ND.new_empty(w_ND.shape if need_w else (0,))
+
+
+@_linear.register_fake
+def _(x: Tensor, w_ND: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], w_ND.shape[0])
+
+
+@_linear_backward.register_fake
+def _(dy: Tensor, x: Tensor, w_ND: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
+    return _like(x, w_ND, need_x, need_w)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dy: Tensor):
+    need_x, need_w = ctx.needs_input_grad
+    dx, dw_ND = _linear_backward(dy, *ctx.saved_tensors, need_x, need_w)
+    return dx if need_x else None, dw_ND if need_w else None
+
+
+_linear.register_autograd(_differentiate, setup_context=_save)
