@@ -109,7 +109,8 @@ def _attention_backward(
         dq[:, rows] = torch.bmm(ds, folded.k[:, :keys])
         dk[:, :keys] += torch.bmm(ds.mT, folded.q[:, rows])
         dv[:, :keys] += torch.bmm(p.mT, do[:, rows])
-    return folded.heads_of(dq), *(folded.heads_of(d.to(q_BSHd.dtype)) for d in (dk, dv))
+    dk, dv = dk.to(q_BSHd.dtype), dv.to(q_BSHd.dtype)
+    return folded.heads_of(dq), folded.heads_of(dk), folded.heads_of(dv)
 
 
 @_attention.register_fake

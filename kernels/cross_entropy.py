@@ -60,9 +60,9 @@ def chunk_tokens(x_TD: Tensor, w_VD: Tensor, chunk: int) -> int:
     """Tokens of a chunk: as asked, or so many that a pass over the logits costs no more than one over w's gradient.
 
     Fewer tokens would keep the logits in cache, but every chunk reads and writes the whole gradient of w: measured on
-    two CPU cores, 256 to 512 tokens are best for 4 thousand to 50 thousand words. A GPU wants larger products.
+    two CPU cores, 512 tokens are best for 4 thousand and for 50 thousand words. A GPU wants larger products.
     """
-    least, elements = (1024, 1 << 26) if x_TD.is_cuda else (256, 1 << 21)
+    least, elements = (1024, 1 << 26) if x_TD.is_cuda else (512, 1 << 21)
     return min(chunk or max(least, elements // w_VD.shape[0]), max(x_TD.shape[0], 1))
 
 
