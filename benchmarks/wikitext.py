@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     prefixes = token_files(arguments.text, arguments.tokenizer, arguments.out / "data")
     cases = [(name, seed) for seed in range(1, arguments.seeds + 1) for name in arguments.names]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(lambda case: train(*case, prefixes, arguments), cases))
+        results = list(pool.map(lambda case: train(case[0], case[1], prefixes, arguments), cases))
     losses: dict[str, list[float]] = {name: [] for name in arguments.names}
     for (name, _), loss in zip(cases, results, strict=True):
         losses[name].append(loss)
