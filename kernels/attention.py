@@ -40,7 +40,11 @@ def causal_attention(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor) -> Tensor:
     if q_BSHd.device.type == "cpu" and q_BSHd.dtype == torch.bfloat16:
         return _attention(q_BSHd, k_BSGd, v_BSGd)
     o = F.scaled_dot_product_attention(
-        q_BSHd.transpose(1, 2), k_BSGd.transpose(1, 2), v_BSGd.transpose(1, 2), is_causal=True, enable_gqa=True
+        q_BSHd.transpose(1, 2),
+        k_BSGd.transpose(1, 2),
+        v_BSGd.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=heads != groups,
     )
     return o.transpose(1, 2)
 

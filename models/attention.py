@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.attention import causal_attention
 from ..kernels.rope import rope
 from .config import ModelConfig
-from .layers import Norm
+from .layers import Linear, Norm
 
 
 class Cache(Protocol):
@@ -34,8 +34,8 @@ class Attention(nn.Module):
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.heads, self.kv_heads, self.width = config.heads, config.num_kv_heads, config.width_per_head
         rows = (self.heads + 2 * self.kv_heads) * self.width
-        self.qkv = nn.Linear(config.dim, rows, bias=config.bias, **kind)
-        self.out = nn.Linear(self.heads * self.width, config.dim, bias=config.bias, **kind)
+        self.qkv = Linear(config.dim, rows, bias=config.bias, **kind)
+        self.out = Linear(self.heads * self.width, config.dim, bias=config.bias, **kind)
         self.q_norm = Norm(self.width, eps=config.norm_eps, **kind) if config.qk_norm else None
         self.k_norm = Norm(self.width, eps=config.norm_eps, **kind) if config.qk_norm else None
 
@@ -53,19 +53,14 @@ class Attention(nn.Module):
         B, S, _ = x_BSD.shape
         H, G = self.heads, self.kv_heads
         qkv = self.qkv(x_BSD).view(B, S, H + 2 * G, self.width)
-        qk, v = qkv[:, :, : H + G], qkv[:, :, H + G :]
+        qk, v = qkv.split((H + G, G), dim=2)
         if self.q_norm is None or self.k_norm is None:
             # One rotation for queries and keys: they are neighbours in the projection.
             q, k = _rotated(qk, cos, sin).split((H, G), dim=2)
         else:
-            q = _rotated(self.q_norm(qk[:, :, :H]), cos, sin)
-            k = _rotated(self.k_norm(qk[:, :, H:]), cos, sin)
-        if cache is not None:
-            o_BSHd = cache.attend(layer, q, k, v)
-        else:
-            o_BSHd = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=G != H
-            ).transpose(1, 2)
+            q, k = qk.split((H, G), dim=2)
+            q, k = _rotated(self.q_norm(q), cos, sin), _rotated(self.k_norm(k), cos, sin)
+        o_BSHd = causal_attention(q, k, v) if cache is None else cache.attend(layer, q, k, v)
         return self.out(o_BSHd.reshape(B, S, H * self.width))
 
 

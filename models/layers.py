@@ -1,4 +1,4 @@
-"""Norms and embeddings' small relatives: layers with no choice of their own.
+"""Norms and linear layers: modules with no choice of their own, computed by the kernels.
 
 D model.
 """
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.linear import linear
 from ..kernels.rmsnorm import rms_norm, rms_norm_add
 
 
@@ -36,3 +37,11 @@ class Norm(nn.Module):
             return rms_norm_add(x, residual, self.weight, self.eps)
         total = x + residual
         return self(total), total
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with this package's product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., N)."""
+        return linear(input, self.weight, self.bias)
