@@ -1,6 +1,6 @@
 """The paper's ablations on WikiText-2: dense, MoE, residual, pyramid, PR-MoE, first and second half, several seeds.
 
-    python -m coterie.benchmarks.wikitext --text DIR --tokenizer DIR --seeds 3 --steps 300
+    python -m coterie.benchmarks.wikitext --text DIR --tokenizer DIR --seeds 3
 
 DIR of --text holds train.txt and valid.txt (or .gz); DIR of --tokenizer holds GPT-2's encoder.json and vocab.bpe, or
 a tokenizer.json. Every run is `coterie pretrain wikitext_NAME`; a finished one is not run again.
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path("runs/wikitext"))
     parser.add_argument("--names", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
     parser.add_argument("--json", type=Path)

@@ -93,24 +93,27 @@ _ABLATION: dict[str, tuple[tuple[int, ...], MoEConfig]] = {
 
 
 def _wikitext(name: str) -> TrainConfig:
-    """One row of the ablation on WikiText-2 (2.4M tokens, GPT-2's tokenizer), seen about four times."""
+    """One row of the ablation on WikiText-2 (2.4M tokens, GPT-2's tokenizer): most of it is seen once.
+
+    The evaluation at the end takes all of the validation text.
+    """
     experts, moe = _ABLATION[name]
     model = ModelConfig(
         vocab_size=50257, max_positions=256, layers=_LAYERS, dim=128, heads=4, hidden=512, experts=experts, moe=moe
     )
-    batch, length = 32, 256
+    batch, length, steps = 8, 256, 1000
     return TrainConfig(
         run_dir=f"runs/wikitext_{name}",
         seq_len=length,
         batch_size=batch,
-        micro_batch=8,
-        steps=1200,
-        eval_every=200,
-        eval_batches=24,
+        steps=steps,
+        eval_every=steps,
+        eval_batches=126,
         model=model,
         data=DataConfig(train=("data/wikitext-2/train",), valid=("data/wikitext-2/valid",)),
         optim=OptimConfig(lr=2e-3, min_lr=1e-4, warmup_tokens=50 * batch * length),
-        checkpoint=CheckpointConfig(every=200, keep=1),
+        parallel=ParallelConfig(dtype="bfloat16"),
+        checkpoint=CheckpointConfig(every=0),
     )
 
 
