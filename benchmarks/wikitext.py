@@ -60,11 +60,11 @@ def train(name: str, seed: int, prefixes: dict[str, Path], arguments: argparse.N
     if not (run / "model" / "config.json").exists():
         data = ["--data.train", prefixes["train"], "--data.valid", prefixes["valid"]]
         leaves = ["--run-dir", run, "--seed", seed, "--steps", arguments.steps, *data, *arguments.leaves]
+        # Each run has its own core; two on one would share it badly.
+        leaves += ["--parallel.threads", arguments.threads]
         command = [sys.executable, "-m", "coterie.train.pretrain", f"wikitext_{name}", *map(str, leaves)]
         with (arguments.out / f"{name}-{seed}.log").open("w") as log:
-            # Each run has its own core; two on one would share it badly.
-            environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-            code = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            code = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT)
         if code:
             raise ChildProcessError(f"{name} with seed {seed} ended with status {code}: see {log.name}")
     return [row["valid_loss"] for row in read_metrics(run) if "valid_loss" in row][-1]

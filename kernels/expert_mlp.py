@@ -168,10 +168,13 @@ def _(dy_TD: Tensor, x_TD: Tensor, z_RN: Tensor, *rest: Any):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.activation = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or z, the largest tensor of all, gets a gradient of zeros
     ctx.save_for_backward(tensors[0], output[1], *tensors[1:])
 
 
-def _differentiate(ctx: Any, dy_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy_TD is None:
+        return (None,) * 10
     operands = ctx.saved_tensors
     gradients = iter(_backward(dy_TD, *operands, ctx.activation))
     dx, *of_weights = (None if t is None else next(gradients) for t in (operands[0], *operands[5:]))
