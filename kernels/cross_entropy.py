@@ -16,6 +16,8 @@ from torch import Tensor
 from . import cpu_gemm
 from .backend import choose, jit, tl, triton
 
+_CACHED = 1 << 20  # logits that a CPU's cache holds in fp32
+
 
 def linear_cross_entropy_reference(
     x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, *, ignore_index: int = -100
@@ -130,23 +132,19 @@ class _SumOfProducts:
         return torch.empty_like(self.like, memory_format=torch.contiguous_format)
 
 
-def _loss_rows_torch(
-    targets_T: Tensor, scratch_CV: Tensor | None, logits_CV: Tensor, rows: slice, grad: bool
-) -> Tensor:
-    """Softmax in the wide dtype (in scratch_CV when that is not the logits' own); every target is counted."""
-    target_C1 = targets_T[rows, None]
-    wide_CV = logits_CV if scratch_CV is None else scratch_CV[: logits_CV.shape[0]].copy_(logits_CV)
-    hit_C = wide_CV.gather(1, target_C1)[:, 0]
+def _loss_rows_torch(targets_R: Tensor, scratch_RV: Tensor | None, logits_RV: Tensor, grad: bool) -> Tensor:
+    """Softmax in the wide dtype (in scratch_RV when that is not the logits' own); every target is counted."""
+    wide_RV = logits_RV if scratch_RV is None else scratch_RV[: len(logits_RV)].copy_(logits_RV)
+    hit_R, top_R = wide_RV.gather(1, targets_R[:, None])[:, 0], wide_RV.amax(1)
     if not grad:
-        return wide_CV.logsumexp(1).sub_(hit_C)
-    top_C = wide_CV.amax(1)
-    torch.softmax(wide_CV, 1, out=wide_CV)
+        return torch.exp(wide_RV.sub_(top_R[:, None]), out=wide_RV).sum(1).log_().add_(top_R).sub_(hit_R)
+    torch.softmax(wide_RV, 1, out=wide_RV)
     # The largest probability is exp(top - logsumexp), and never underflows as the target's own may.
-    loss_C = top_C.sub_(wide_CV.amax(1).log_()).sub_(hit_C)
-    wide_CV.scatter_add_(1, target_C1, wide_CV.new_full((1, 1), -1).expand_as(target_C1))
-    if scratch_CV is not None:
-        logits_CV.copy_(wide_CV)
-    return loss_C
+    loss_R = top_R.sub_(wide_RV.amax(1).log_()).sub_(hit_R)
+    wide_RV.scatter_add_(1, targets_R[:, None], wide_RV.new_full((1, 1), -1).expand(len(targets_R), 1))
+    if scratch_RV is not None:
+        logits_RV.copy_(wide_RV)
+    return loss_R
 
 
 def _run_torch(
@@ -158,10 +156,13 @@ def _run_torch(
     x_CD, t_C = (x_TD[counted_T], targets_T[counted_T]) if some else (x_TD, targets_T)
     chunk = chunk_tokens(x_CD, w_VD, chunk)
     wide = wide_dtype(x_TD)
-    scratch = None if x_TD.dtype == wide else x_TD.new_empty(chunk, w_VD.shape[0], dtype=wide)
+    # A CPU goes over a few rows at a time: they stay in its cache from one pass to the next.
+    block = chunk if x_TD.is_cuda else max(1, min(chunk, _CACHED // w_VD.shape[0]))
+    scratch = None if x_TD.dtype == wide else x_TD.new_empty(block, w_VD.shape[0], dtype=wide)
 
     def loss_rows(logits_CV: Tensor, rows: slice, grad: bool) -> Tensor:
-        return _loss_rows_torch(t_C, scratch, logits_CV, rows, grad)
+        blocks = zip(t_C[rows].split(block), logits_CV.split(block), strict=True)
+        return torch.cat([_loss_rows_torch(targets_R, scratch, logits_RV, grad) for targets_R, logits_RV in blocks])
 
     loss, dx_CD, dw_VD = head_loss(x_CD, w_VD, loss_rows, chunk, need)
     if some and need[0]:
