@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..parallel.launch import keep_freed_memory
 from .peers import LIMIT, MAKERS, Case, Layer, disagreement, make_inputs
 from .rows import Row, show, write
 from .timing import interleaved, median_and_spread, ratios
@@ -43,6 +44,7 @@ def main(json: str | Path | None = None, quick: bool = False, threads: int | Non
 
     quick: the first two cases, few repeats, and the fastest peer alone.
     """
+    keep_freed_memory()  # as training does; for the peers too
     if threads is not None:
         torch.set_num_threads(threads)
     cases = GPU_CASES if torch.cuda.is_available() else CPU_CASES

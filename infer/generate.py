@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models.gpt import GPT
 from ..models.tokenizer import TextStream, Tokenizer
 from ..models.weights import load_model
+from ..moe.experts import Experts
 from .cache import DenseCache
 from .sampler import check_sampling, sample
 
@@ -148,6 +149,9 @@ def stream_text(
     model, tokenizer = open_model(path, device=device)
     if tokenizer is None:
         raise FileNotFoundError(f"{path} has no tokenizer.json beside its model, so text cannot be read")
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.pack()
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     stream = TextStream(tokenizer)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

@@ -15,7 +15,7 @@ from .cpu_gemm import empty, matmul
 _BLOCK = 256
 
 
-class _Rows:
+class Rows:
     """The plan as this file reads it: the token of each row, and blocks of consecutive rows to work on.
 
     A block is one expert, or several small ones of at most 256 rows together: what is not a product runs once for
@@ -124,7 +124,7 @@ def forward(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """(y_TD, z_RN): see `expert_mlp`. Rows of z past the last expert's are zero."""
-    rows = _Rows(source_R, slot_TK, counts_E)
+    rows = Rows(source_R, slot_TK, counts_E)
     dim, dtype, hidden = x_TD.shape[1], x_TD.dtype, w_out_EDF.shape[2]
     w_in_EDN, w_out_EFD = w_in_END.transpose(1, 2).unbind(), w_out_EDF.transpose(1, 2).unbind()
     z_RN = empty((len(source_R), w_in_END.shape[1]), dtype)
@@ -161,7 +161,7 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(dx_TD, dw_in, dw_out, dweights_TK, db_in, db_out); None where the operand is None."""
-    rows, dtype = _Rows(source_R, slot_TK, counts_E), x_TD.dtype
+    rows, dtype = Rows(source_R, slot_TK, counts_E), x_TD.dtype
     w_in, w_out, weights_R1 = w_in_END.unbind(), w_out_EDF.unbind(), rows.weights(weights_TK, dtype)
     dw_in, dw_out = rows.gradient_like(w_in_END), rows.gradient_like(w_out_EDF)
     db_in = None if b_in_EN is None else torch.zeros_like(b_in_EN)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.expert_mlp import expert_mlp
+from ..kernels.expert_mlp_packed import PackedExperts, can_pack
 from ..kernels.permute import Plan
 
 
@@ -45,22 +46,28 @@ class Experts(nn.Module):
         self.w_out = nn.Parameter(torch.empty(num_experts, dim, hidden, **at))
         self.b_in = nn.Parameter(torch.empty(num_experts, width, **at)) if bias else None
         self.b_out = nn.Parameter(torch.empty(num_experts, dim, **at)) if bias else None
+        self.packed: PackedExperts | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         _reset(self)
 
+    def pack(self) -> None:
+        """Keeps the weights a second time, as the products of a CPU read them: for calls without gradients, until
+        the weights change. Elsewhere it does nothing."""
+        w_in, w_out = _local(self.w_in), _local(self.w_out)
+        self.packed = PackedExperts(w_in, w_out, self.activation) if can_pack(w_in) else None
+
     def forward(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
         """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones."""
+        w_in, w_out = _local(self.w_in), _local(self.w_out)
+        b_in, b_out = (None if b is None else _local(b) for b in (self.b_in, self.b_out))
+        if self.packed is not None and not torch.is_grad_enabled():
+            if self.packed.fresh(w_in, w_out):
+                return self.packed(x_TD, plan, weights_TK, b_in, b_out)
+            self.packed = None
         return expert_mlp(
-            x_TD,
-            plan,
-            _local(self.w_in),
-            _local(self.w_out),
-            weights_TK=weights_TK,
-            b_in_EN=None if self.b_in is None else _local(self.b_in),
-            b_out_ED=None if self.b_out is None else _local(self.b_out),
-            activation=self.activation,
+            x_TD, plan, w_in, w_out, weights_TK=weights_TK, b_in_EN=b_in, b_out_ED=b_out, activation=self.activation
         )
 
 

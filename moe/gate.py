@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.gate import Gated, gate
+from ..kernels.linear import linear
 from ..kernels.permute import plan_rows
 from .balance import balance_loss, fractions, sequence_balance_loss, z_loss
 from .config import GateConfig
@@ -135,7 +135,7 @@ class Gate(nn.Module):
             noise_TD = torch.rand(x_TD.shape, device=x_TD.device, generator=generator)
             x_TD = x_TD * (1 + self.config.jitter_eps * (2 * noise_TD - 1))
         with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD, self.weight.float())
+            return linear(x_TD, self.weight.float())
 
     def _gate(self, logits_TE: Tensor, top_k: int, valid_T: Tensor | None, ids_TK: Tensor | None) -> Gated:
         config = self.config

@@ -19,6 +19,8 @@ def _seed() -> None:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills every `torch.empty` and `torch.empty_like` of floats with NaN: an output must be written whole."""
+    import torch._dynamo  # noqa: F401  it lists torch's functions when first imported: not the ones below
+
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:

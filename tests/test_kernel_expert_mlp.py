@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import assert_close_rms
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.kernels import cpu_gemm, expert_mlp_cpu
 from coterie.kernels.backend import forced
@@ -213,3 +214,32 @@ def test_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None
     plan = plan_rows(_distinct(8, 3, 2), 3)
     with pytest.raises(ValueError, match=message):
         expert_mlp(operands["x"], plan, operands["w_in"], operands["w_out"], **change)
+
+
+class _Zeros(TorchDispatchMode):
+    """Shapes of the tensors that autograd fills with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func in (
+            torch.ops.aten.zeros.default,
+            torch.ops.aten.new_zeros.default,
+            torch.ops.aten.zeros_like.default,
+        ):
+            self.shapes.append(tuple(made.shape))
+        return made
+
+
+def test_the_saved_activation_gets_no_gradient() -> None:
+    operands, plan = _operands(53, 5, 2, "swiglu"), plan_rows(_distinct(53, 5, 2), 5)
+    z_shape = (len(plan.source_R), operands["w_in"].shape[1])
+    x_TD = operands["x"].requires_grad_()
+    y_TD = expert_mlp(x_TD, plan, operands["w_in"], operands["w_out"])
+    with _Zeros() as zeros:
+        y_TD.sum().backward()
+    assert x_TD.grad is not None
+    assert z_shape not in zeros.shapes
