@@ -19,7 +19,7 @@ def _seed() -> None:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills every `torch.empty` and `torch.empty_like` of floats with NaN: an output must be written whole."""
-    import torch._dynamo  # noqa: F401  it lists torch's functions when first imported: not the ones below
+    import torch._dynamo  # it lists torch's functions when first imported: not the ones below
 
     empty, empty_like = torch.empty, torch.empty_like
 
