@@ -146,7 +146,8 @@ def _forward(x_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @_forward.register_fake
 def _(x_TD: Tensor, source_R: Tensor, slot_TK: Tensor, counts_E: Tensor, w_in: Tensor, *rest: Any):
-    return torch.empty_like(x_TD.contiguous()), x_TD.new_empty(source_R.shape[0], w_in.shape[1])
+    rows = source_R.shape[0] if choose(x_TD) == "triton" else expert_mlp_cpu.saved_rows(source_R.shape[0])
+    return torch.empty_like(x_TD.contiguous()), x_TD.new_empty(rows, w_in.shape[1])
 
 
 @torch.library.custom_op(

@@ -6,6 +6,8 @@ N = 2F (swiglu) or F (gelu).
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,22 +17,47 @@ from .cpu_gemm import empty, matmul
 _BLOCK = 256
 
 
+def bucket(rows: int) -> int:
+    """The number of rows to compute for `rows`: at most a sixteenth more, and one of 16 between two powers of two.
+
+    oneDNN compiles a product for every new shape, which takes as long as one to three products of an expert. Routing
+    gives new row counts at every step, so without buckets a training step never stops compiling.
+    """
+    step = 1 << max((rows - 1).bit_length() - 5, 0)
+    return -(-rows // step) * step
+
+
+def saved_rows(rows: int) -> int:
+    """Rows of z for R routed rows: the most that `bucket` can make of them."""
+    return rows + rows // 16
+
+
 class Rows:
     """The plan as this file reads it: the token of each row, and blocks of consecutive rows to work on.
 
-    A block is one expert, or several small ones of at most 256 rows together: what is not a product runs once for
-    all of them, while their rows are in the cache.
+    Every expert's rows are filled up to their bucket with empty ones. A block is one expert, or several small ones of
+    at most 256 rows together: what is not a product runs once for all of them, while their rows are in the cache.
     """
 
     def __init__(self, source_R: Tensor, slot_TK: Tensor, counts_E: Tensor) -> None:
-        self.counts: list[int] = counts_E.tolist()
+        counts: list[int] = counts_E.tolist()
+        self.counts = [bucket(count) for count in counts]
         self.used = sum(self.counts)
         self.most = max(_BLOCK, *self.counts) if self.counts else 0
-        self.slot_TK = slot_TK
-        self.source_R = source_R[: self.used]
-        self.token_R = self.source_R.clamp(min=0) // slot_TK.shape[1]
-        empty_R = self.source_R < 0
-        self.empty_R = empty_R if bool(empty_R.any()) else None
+        source_R, self.slot_TK = source_R[: sum(counts)], slot_TK
+        if self.used > len(source_R):
+            source_R, self.slot_TK = self._fill_up(source_R, slot_TK, counts_E)
+        self.source_R = source_R
+        self.token_R = source_R.clamp(min=0) // slot_TK.shape[1]
+        self.here_R = source_R >= 0
+        self.empty = (~self.here_R).nonzero()[:, 0]
+        self._empty: list[int] = self.empty.tolist()
+
+    def _fill_up(self, source_R: Tensor, slot_TK: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        extra_E = torch.tensor(self.counts) - counts_E
+        place_R = torch.arange(len(source_R)) + (extra_E.cumsum(0) - extra_E).repeat_interleave(counts_E)
+        filled = source_R.new_full((self.used,), -1).index_copy_(0, place_R, source_R)
+        return filled, place_R[slot_TK.clamp(min=0)].where(slot_TK >= 0, -1)
 
     def blocks(self) -> list[tuple[slice, list[tuple[int, slice]]]]:
         """The rows of each block, and its experts with their rows inside the block."""
@@ -52,8 +79,9 @@ class Rows:
     def gather(self, x_TD: Tensor, block: slice, out_SD: Tensor) -> Tensor:
         """The token of each row; zeros for an empty row, so that it adds nothing to any gradient."""
         torch.index_select(x_TD, 0, self.token_R[block], out=out_SD)
-        if self.empty_R is not None:
-            out_SD.masked_fill_(self.empty_R[block, None], 0)
+        first, last = bisect_left(self._empty, block.start), bisect_left(self._empty, block.stop)
+        if first < last:
+            out_SD.index_fill_(0, self.empty[first:last] - block.start, 0)
         return out_SD
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor | None) -> Tensor:
@@ -78,8 +106,7 @@ class Rows:
     def scatter(self, values_R: Tensor) -> Tensor:
         """Each row's value where its assignment is in (T, K); zero where that was dropped."""
         values_A = values_R.new_zeros(self.slot_TK.numel())
-        here_R = slice(None) if self.empty_R is None else ~self.empty_R
-        values_A[self.source_R[here_R]] = values_R[here_R]
+        values_A[self.source_R[self.here_R]] = values_R[self.here_R]
         return values_A.view(self.slot_TK.shape)
 
     def gradient_like(self, weight_E: Tensor) -> Tensor:
@@ -123,11 +150,11 @@ def forward(
     b_out_ED: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """(y_TD, z_RN): see `expert_mlp`. Rows of z past the last expert's are zero."""
+    """(y_TD, z_RN): see `expert_mlp`; z has `saved_rows`, zero past the last expert's."""
     rows = Rows(source_R, slot_TK, counts_E)
     dim, dtype, hidden = x_TD.shape[1], x_TD.dtype, w_out_EDF.shape[2]
     w_in_EDN, w_out_EFD = w_in_END.transpose(1, 2).unbind(), w_out_EDF.transpose(1, 2).unbind()
-    z_RN = empty((len(source_R), w_in_END.shape[1]), dtype)
+    z_RN = empty((saved_rows(len(source_R)), w_in_END.shape[1]), dtype)
     z_RN[rows.used :].zero_()
     y_RD = empty((rows.used, dim), dtype)
     x_MD, a_MF = empty((rows.most, dim), dtype), empty((rows.most, hidden), dtype)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close_rms
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -157,6 +159,17 @@ def test_the_same_bits_twice() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@given(st.lists(st.integers(0, 5000), max_size=20))
+def test_buckets_hold_the_rows_and_are_few(counts: list[int]) -> None:
+    filled = [expert_mlp_cpu.bucket(count) for count in counts]
+    assert all(count <= rows <= count + count // 16 for count, rows in zip(counts, filled, strict=True))
+    assert sum(filled) <= expert_mlp_cpu.saved_rows(sum(counts))
+
+
+def test_there_are_sixteen_buckets_between_two_powers_of_two() -> None:
+    assert len({expert_mlp_cpu.bucket(rows) for rows in range(513, 1025)}) == 16
+
+
 def test_saves_x_and_z_alone() -> None:
     operands = {k: None if v is None else v.requires_grad_() for k, v in _operands(10, 3, 2, "swiglu-bias").items()}
     saved: list[Tensor] = []
@@ -165,7 +178,7 @@ def test_saves_x_and_z_alone() -> None:
         expert_mlp(operands["x"], plan, operands["w_in"], operands["w_out"], **{k: operands[k] for k in NAMES[3:]})
     given = {v.data_ptr() for v in (*operands.values(), *plan)}
     activations = [t for t in saved if t.data_ptr() not in given]
-    assert [tuple(t.shape) for t in activations] == [(20, 72)]
+    assert [tuple(t.shape) for t in activations] == [(expert_mlp_cpu.saved_rows(20), 72)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
