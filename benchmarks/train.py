@@ -23,6 +23,7 @@ from ..models.config import ModelConfig
 from ..models.gpt import GPT
 from ..models.params import count_params, flops_per_token
 from ..moe.config import GateConfig, MoEConfig
+from ..parallel.launch import keep_freed_memory
 from .rows import Row, show, write
 from .timing import interleaved, median_and_spread, ratios
 
@@ -107,6 +108,7 @@ def main(json: str | Path | None = None, quick: bool = False, threads: int | Non
 
     quick: the small vocabulary and few repeats.
     """
+    keep_freed_memory()  # as training does; for the peer too
     if threads is not None:
         torch.set_num_threads(threads)
     cases = GPU_CASES if torch.cuda.is_available() else CPU_CASES

@@ -23,10 +23,17 @@ def _onednn_fp32() -> bool:
     return op is not None and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 
 
+def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a @ b, contiguous. Operands may be transposed views."""
+    if a_MK.dtype == torch.float32 and a_MK.device.type == "cpu" and _onednn_fp32() and torch.backends.mkldnn.enabled:
+        return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
+    return torch.mm(a_MK, b_KN)
+
+
 def matmul(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
-    """Writes a @ b into `out`. Operands may be transposed views; `out` has contiguous rows."""
+    """Writes a @ b into `out`, which has contiguous rows: a copy more than `product` where that is oneDNN's."""
     if a_MK.dtype == torch.float32 and _onednn_fp32() and torch.backends.mkldnn.enabled:
-        out_MN.copy_(torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], ""))
+        out_MN.copy_(product(a_MK, b_KN))
     else:
         torch.mm(a_MK, b_KN, out=out_MN)
 

@@ -84,25 +84,17 @@ def head_loss(
     need_x, need_w = need
     loss_T = torch.empty(tokens, dtype=wide, device=x_TD.device)
     dx_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format) if need_x else x_TD.new_empty(0)
-    logits = x_TD.new_empty(chunk, w_VD.shape[0])
     dw_VD = _SumOfProducts(w_VD, wide) if need_w else None
     for first in range(0, tokens, chunk):
         rows = slice(first, min(first + chunk, tokens))
-        logits_CV = logits[: rows.stop - rows.start]
-        _matmul(x_TD[rows], w_VD.t(), logits_CV)
+        logits_CV = cpu_gemm.product(x_TD[rows], w_VD.t())
         loss_T[rows] = loss_rows(logits_CV, rows, need_x or need_w)
         if need_x:
-            _matmul(logits_CV, w_VD, dx_TD[rows])
+            dx_TD[rows] = cpu_gemm.product(logits_CV, w_VD)
         if dw_VD is not None:
             dw_VD.add(logits_CV, x_TD[rows])
+        del logits_CV  # before the next ones are made
     return loss_T.sum(), dx_TD, x_TD.new_empty(0) if dw_VD is None else dw_VD.result()
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if out.is_cuda:
-        torch.mm(a, b, out=out)
-    else:
-        cpu_gemm.matmul(a, b, out)
 
 
 class _SumOfProducts:
@@ -111,25 +103,17 @@ class _SumOfProducts:
     def __init__(self, w_VD: Tensor, wide: torch.dtype) -> None:
         self.like, self.wide = w_VD, wide
         self.sum: Tensor | None = None
-        self.product: Tensor | None = None
 
     def add(self, g_CV: Tensor, x_CD: Tensor) -> None:
         if self.sum is None:
-            self.sum = self._empty()
-            _matmul(g_CV.t(), x_CD, self.sum)
+            self.sum = cpu_gemm.product(g_CV.t(), x_CD)
         elif self.like.is_cuda and self.like.dtype == self.wide:
             self.sum.addmm_(g_CV.t(), x_CD)
         else:
-            if self.product is None:
-                self.product, self.sum = self._empty(), self.sum.to(self.wide)
-            _matmul(g_CV.t(), x_CD, self.product)
-            self.sum.add_(self.product)
+            self.sum = self.sum.to(self.wide).add_(cpu_gemm.product(g_CV.t(), x_CD))
 
     def result(self) -> Tensor:
         return self.like.new_zeros(self.like.shape) if self.sum is None else self.sum.to(self.like.dtype)
-
-    def _empty(self) -> Tensor:
-        return torch.empty_like(self.like, memory_format=torch.contiguous_format)
 
 
 def _loss_rows_torch(targets_R: Tensor, scratch_RV: Tensor | None, logits_RV: Tensor, grad: bool) -> Tensor:

@@ -24,25 +24,15 @@ def linear(x: Tensor, w_ND: Tensor, b_N: Tensor | None = None) -> Tensor:
 
 @torch.library.custom_op("coterie::linear", mutates_args=())
 def _linear(x: Tensor, w_ND: Tensor) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], w_ND.shape[0])
-    cpu_gemm.matmul(x.reshape(-1, x.shape[-1]), w_ND.t(), y.view(-1, y.shape[-1]))
-    return y
+    return cpu_gemm.product(x.reshape(-1, x.shape[-1]), w_ND.t()).view(*x.shape[:-1], -1)
 
 
 @torch.library.custom_op("coterie::linear_backward", mutates_args=())
 def _linear_backward(dy: Tensor, x: Tensor, w_ND: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
     """dx and dw_ND, empty where not needed."""
     dy_TN, x_TD = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx, dw_ND = _like(x, w_ND, need_x, need_w)
-    if need_x:
-        cpu_gemm.matmul(dy_TN, w_ND, dx.view(x_TD.shape))
-    if need_w:
-        cpu_gemm.matmul(dy_TN.t(), x_TD, dw_ND)
-    return dx, dw_ND
-
-
-def _like(x: Tensor, w_ND: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need_x else (0,)), w_ND.new_empty(w_ND.shape if need_w else (0,))
+    dx = cpu_gemm.product(dy_TN, w_ND).view(x.shape) if need_x else x.new_empty(0)
+    return dx, cpu_gemm.product(dy_TN.t(), x_TD) if need_w else w_ND.new_empty(0)
 
 
 @_linear.register_fake
@@ -52,7 +42,7 @@ def _(x: Tensor, w_ND: Tensor) -> Tensor:
 
 @_linear_backward.register_fake
 def _(dy: Tensor, x: Tensor, w_ND: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
-    return _like(x, w_ND, need_x, need_w)
+    return x.new_empty(x.shape if need_x else (0,)), w_ND.new_empty(w_ND.shape if need_w else (0,))
 
 
 def _save(ctx, inputs, output) -> None:
