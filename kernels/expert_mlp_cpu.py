@@ -118,7 +118,7 @@ class Rows:
         return gradient_E
 
 
-def _activate(z_SN: Tensor, activation: str, out_SF: Tensor, silu_SF: Tensor) -> Tensor:
+def activate(z_SN: Tensor, activation: str, out_SF: Tensor, silu_SF: Tensor) -> Tensor:
     """act(z); `silu_SF`, which may be `out_SF`, gets silu(gate)."""
     if activation == "gelu":
         return torch.ops.aten.gelu.out(z_SN, approximate="tanh", out=out_SF)
@@ -165,7 +165,7 @@ def forward(
             matmul(x_SD[part], w_in_EDN[e], z_SN[part])
             if b_in_EN is not None:
                 z_SN[part] += b_in_EN[e]
-        a_SF = _activate(z_SN, activation, a_MF[:size], a_MF[:size])
+        a_SF = activate(z_SN, activation, a_MF[:size], a_MF[:size])
         for e, part in parts:
             matmul(a_SF[part], w_out_EFD[e], y_SD[part])
             if b_out_ED is not None:
@@ -203,7 +203,7 @@ def backward(
         rows.gather(dy_TD, block, dy_SD)
         for e, part in parts:
             matmul(dy_SD[part], w_out[e], da_SF[part])
-        _activate(z_SN, activation, a_SF, silu_SF)
+        activate(z_SN, activation, a_SF, silu_SF)
         if weights_R1 is not None:
             torch.sum(torch.mul(da_SF, a_SF, out=dz_SN[:, :hidden]), 1, dtype=torch.float32, out=dweights_R[block])
             if b_out_ED is not None:

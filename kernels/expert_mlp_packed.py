@@ -1,8 +1,7 @@
 """`expert_mlp` without gradients on a CPU, from weights packed once into the form that its products read.
 
-A product packs its weights on every call: for bf16 experts with few rows each that is most of the time. Activations
-run inside the products, so nothing but the hidden rows is written between the two.
-Shapes: T tokens, D model, E experts, K choices, R routed rows, S rows of one expert, F hidden, N = 2F or F.
+A product packs its weights on every call, which is a third of its time in bf16 when an expert has few rows.
+Shapes: T tokens, D model, E experts, K choices, R routed rows, S rows of a block, F hidden, N = 2F or F.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import choose
-from .expert_mlp_cpu import Rows
+from .expert_mlp_cpu import Rows, activate
 from .permute import Plan
 
 _ROWS = 64  # the pack is laid out for products of about so many rows; any number may follow
@@ -23,10 +22,8 @@ class PackedExperts:
     def __init__(self, w_in_END: Tensor, w_out_EDF: Tensor, activation: str) -> None:
         self._of = (w_in_END.detach(), w_out_EDF.detach())  # held, so that no other tensor gets their address
         self._state = _state(w_in_END, w_out_EDF)
-        w_out = [_pack(w_DF) for w_DF in self._of[1].unbind()]
-        # The halves of swiglu are two products: the second one multiplies by the first one's answer.
-        parts = self._of[0].chunk(2 if activation == "swiglu" else 1, 1)
-        self._experts = list(zip(*([_pack(w) for w in part.unbind()] for part in parts), w_out, strict=True))
+        self._activation = activation
+        self._w_in, self._w_out = ([_pack(w) for w in stacked.unbind()] for stacked in self._of)
 
     def fresh(self, w_in_END: Tensor, w_out_EDF: Tensor) -> bool:
         """Whether these are the packed weights, not written to since."""
@@ -45,20 +42,11 @@ class PackedExperts:
         y_RD = x_TD.new_empty(rows.used, x_TD.shape[1])
         x_MD = x_TD.new_empty(rows.most, x_TD.shape[1])
         for block, parts in rows.blocks():
-            x_SD, y_SD = rows.gather(x_TD, block, x_MD[: block.stop - block.start]), y_RD[block]
-            for e, part in parts:
-                b_N = None if b_in_EN is None else b_in_EN[e]
-                b_D = None if b_out_ED is None else b_out_ED[e]
-                y_SD[part] = _product(self._hidden(e, x_SD[part], b_N), self._experts[e][-1], b_D)
+            x_SD = rows.gather(x_TD, block, x_MD[: block.stop - block.start])
+            z_SN = _products(x_SD, parts, self._w_in, b_in_EN)
+            a_SF = z_SN.new_empty(len(z_SN), self._of[1].shape[2])
+            y_RD[block] = _products(activate(z_SN, self._activation, a_SF, a_SF), parts, self._w_out, b_out_ED)
         return rows.combine(y_RD, weights_TK)
-
-    def _hidden(self, e: int, x_SD: Tensor, b_N: Tensor | None) -> Tensor:
-        if len(self._experts[e]) == 2:
-            return _product(x_SD, self._experts[e][0], b_N, "gelu", "tanh")
-        w_gate, w_up, _ = self._experts[e]
-        b_gate, b_up = (None, None) if b_N is None else b_N.chunk(2)
-        gate_SF = _product(x_SD, w_gate, b_gate, "swish")
-        return torch.ops.mkldnn._linear_pointwise.binary(x_SD, gate_SF, w_up, b_up, "mul")
 
 
 def can_pack(x: Tensor) -> bool:
@@ -74,8 +62,10 @@ def _pack(w_ND: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(w_ND.contiguous(), _ROWS)
 
 
-def _product(x: Tensor, packed: Tensor, bias: Tensor | None, then: str = "none", kind: str = "") -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], kind)
+def _products(x_SK: Tensor, parts: list[tuple[int, slice]], packed: list[Tensor], b_EN: Tensor | None) -> Tensor:
+    product = torch.ops.mkldnn._linear_pointwise
+    answers = [product(x_SK[part], packed[e], None if b_EN is None else b_EN[e], "none", [], "") for e, part in parts]
+    return answers[0] if len(answers) == 1 else torch.cat(answers)
 
 
 def _state(*tensors: Tensor) -> tuple[tuple[int, int], ...]:
