@@ -80,8 +80,8 @@ class Layout:
         if sizes.vocab < self.tp:
             yield f"tp={self.tp} is more than the vocabulary's {sizes.vocab} words"
         if sizes.experts and sizes.expert_hidden % self.etp:
-            fitting = divisors(sizes.expert_hidden)
-            yield f"etp={self.etp} does not divide the experts' hidden {sizes.expert_hidden}: {near(self.etp, fitting)}"
+            nearest = near(self.etp, divisors(sizes.expert_hidden))
+            yield f"etp={self.etp} does not divide the experts' hidden {sizes.expert_hidden}: {nearest}"
         for count in sizes.experts:
             try:
                 self.experts(count)

@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest(world: int, degrees: dict
 
 
 def test_experts_that_do_not_spread_are_refused_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="6 experts do not spread over ep=4 of 8 places .* nearest that does is 2"):
+    with pytest.raises(ValueError, match=r"6 experts do not spread over ep=4 of 8 places .* nearest that does is 2"):
         fill(8, ep=4).experts(6)
 
 
