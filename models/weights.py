@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..parallel.tensor import local_part
 from .config import ModelConfig
 from .gpt import GPT
-from .shards import local_box, local_part
+from .shards import local_box
 from .tokenizer import Tokenizer
 
 MODEL_TYPE = "coterie"

@@ -159,7 +159,7 @@ def _check_bf16(rank: int, world: int, ep: int) -> tuple[float, float]:
     model.recompute = True
     seen: dict[str, set[torch.dtype]] = {"gate": set(), "experts": set(), "attention": set()}
     for block in model.blocks:
-        block.attention.qkv.register_forward_pre_hook(
+        block.attention.q.register_forward_pre_hook(
             lambda m, x: seen["attention"].update({m.weight.dtype, x[0].dtype})
         )
         if block.moe is not None:
@@ -176,7 +176,7 @@ def _check_bf16(rank: int, world: int, ep: int) -> tuple[float, float]:
     assert_close_rms(total, expected_loss, 1e-2, "loss")
     for name, parameter in model.named_parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32, name
-        if "qkv" in name or "embed" in name:
+        if "attention.q" in name or "embed" in name:
             assert_close_rms(_whole(parameter.grad), dict(expected.named_parameters())[name].grad, 0.1, name)
     return total.item(), expected_loss.item()
 

@@ -1,0 +1,126 @@
+"""Tensor parallelism's collectives, differentiable: the sequence gathered and scattered, what ranks share or own.
+
+Shapes: P ranks of a group, B sequences, S positions in all, s = S / P of one rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .collectives import all_reduce_sum
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The local values of a tensor that a mesh has cut, shared with it: writing to them writes to it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.compiler.disable
+def gather_sequence(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(B, s, ...) of every rank to the whole (B, S, ...). Backward sums the ranks' gradients and returns each its
+    own positions' part."""
+    return x_BsD if group.size() == 1 else _Gather.apply(x_BsD, group)
+
+
+@torch.compiler.disable
+def scatter_sequence(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sums the ranks' (B, S, ...) and returns each its own positions, (B, s, ...): the inverse of a gather.
+
+    Raises:
+        ValueError: the sequence does not divide over the ranks.
+    """
+    return x_BSD if group.size() == 1 else _Scatter.apply(x_BSD, group)
+
+
+@torch.compiler.disable
+def share(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Identity. Its gradient is summed over the ranks: for a weight that all hold and each uses for another part."""
+    return x if group.size() == 1 else _Share.apply(x, group)
+
+
+@torch.compiler.disable
+def once(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The value on the first rank and zeros on the others, so that a sum over the ranks holds it once.
+
+    The gradient passes on every rank as it is: after the sum, all ranks have that of the whole.
+    """
+    return x if group.size() == 1 else _Once.apply(x, group.rank() == 0)
+
+
+def own_positions(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's positions of (S,) or (B, S). No gradient passes between ranks."""
+    ranks, axis = group.size(), min(x_BS.dim() - 1, 1)
+    _check(x_BS.shape[axis], ranks)
+    return x_BS.chunk(ranks, axis)[group.rank()]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(x_BsD, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _scatter(grads[0], ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scatter(x_BSD, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _gather(grads[0], ctx.group), None
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return all_reduce_sum(grads[0], ctx.group), None
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: bool) -> Tensor:
+        return x.view_as(x) if first else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def _gather(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    ranks = group.size()
+    parts = x_BsD.new_empty(ranks, *x_BsD.shape)
+    dist.all_gather_into_tensor(parts.flatten(0, 1), x_BsD.contiguous(), group=group)
+    return parts.transpose(0, 1).flatten(1, 2)
+
+
+def _scatter(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    ranks = group.size()
+    _check(x_BSD.shape[1], ranks)
+    parts = x_BSD.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()
+    out = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
+    return out
+
+
+def _check(sequence: int, ranks: int) -> None:
+    if sequence % ranks:
+        raise ValueError(
+            f"a sequence of {sequence} does not divide over tp={ranks}: use one of {sequence // ranks * ranks} or "
+            f"{(sequence // ranks + 1) * ranks}"
+        )
