@@ -5,6 +5,7 @@ B batch, S sequence, T = B * S tokens, D model, V vocabulary, E experts, K choic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels.cross_entropy import linear_cross_entropy
 from ..kernels.rope import rope_table
 from ..moe.balance import update_bias
-from ..moe.experts import FeedForward
+from ..moe.experts import FeedForward, identity
 from ..moe.gate import Routing, Stats
 from ..moe.layer import MoE
 from .attention import Attention, Cache
 from .config import ModelConfig
 from .init import init_weights
-from .layers import Norm
+from .layers import Embedding, Norm
 
 
 class Output(NamedTuple):
@@ -122,6 +123,8 @@ class GPT(nn.Module):
 
     Attributes:
         recompute: keep one tensor per block in training and repeat the block in backward, on the same routes.
+        own, loss, logits: this rank's positions of (S,) or (B, S), and the head's two uses; `parallelize` replaces
+            them where a rank holds some positions and some words.
     """
 
     def __init__(self, config: ModelConfig, device=None, dtype=None) -> None:
@@ -129,7 +132,10 @@ class GPT(nn.Module):
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.recompute = False
-        self.embed = nn.Embedding(config.vocab_size, config.dim, **kind)
+        self.own: Callable[[Tensor], Tensor] = identity
+        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _loss
+        self.logits: Callable[[Tensor, Tensor, int], Tensor] = _logits
+        self.embed = Embedding(config.vocab_size, config.dim, **kind)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.max_positions, config.dim, **kind) if learned else None
         self.blocks = nn.ModuleList(Block(config, layer, **kind) for layer in range(config.layers))
@@ -178,6 +184,7 @@ class GPT(nn.Module):
             logits_to_keep: only the last so many positions get logits; 0: all.
         """
         x_BSD, cos, sin = self._embed(tokens_BS, positions_BS, cache.length if cache is not None else 0)
+        valid_BS = None if valid_BS is None else self.own(valid_BS)
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
         routings: list[Routing] = []
         for block in self.blocks:
@@ -208,12 +215,19 @@ class GPT(nn.Module):
             positions_BS = torch.arange(start, end, device=tokens_BS.device)
         x_BSD = self.embed(tokens_BS)
         if self.positions is not None:
-            return x_BSD + self.positions(positions_BS), None, None
+            return x_BSD + self.positions(self.own(positions_BS)), None, None
         return x_BSD, *rope_table(positions_BS, self.config.width_per_head, self.config.rope_theta)
 
     def _head(self, x_BSD: Tensor, targets_BS: Tensor | None, keep: int) -> tuple[Tensor | None, Tensor | None]:
         weight = self.embed.weight if self.head is None else self.head.weight
         if targets_BS is None:
-            return self.final_norm(x_BSD[:, -keep:]) @ weight.T, None
-        x_TD = self.final_norm(x_BSD).flatten(0, 1)
-        return None, linear_cross_entropy(x_TD, weight, targets_BS.flatten())
+            return self.logits(self.final_norm(x_BSD), weight, keep), None
+        return None, self.loss(self.final_norm(x_BSD), weight, targets_BS)
+
+
+def _loss(x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
+    return linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
+
+
+def _logits(x_BSD: Tensor, weight_VD: Tensor, keep: int) -> Tensor:
+    return x_BSD[:, -keep:] @ weight_VD.T

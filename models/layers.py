@@ -48,6 +48,18 @@ class Norm(nn.Module):
         return self(total), total
 
 
+class Embedding(nn.Embedding):
+    """A table (V, D). `parallelize` replaces `look_up` where each rank holds some of the words."""
+
+    def __init__(self, words: int, dim: int, *, device=None, dtype=None) -> None:
+        super().__init__(words, dim, device=device, dtype=dtype)
+        self.look_up: Callable[[Tensor, Tensor], Tensor] = F.embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(...) ids -> (..., D)."""
+        return self.look_up(input, self.weight)
+
+
 class Heads(nn.Module):
     """A projection to heads: weight (*heads, d, D), optional bias (*heads, d). A rank that holds some of the heads
     computes those."""

@@ -31,8 +31,8 @@ class Experts(nn.Module):
     """E feed-forward networks, stacked: w_in (E, P, F, D), w_out (E, D, F), optional b_in (E, P, F), b_out (E, D).
 
     Swiglu: w_out (silu(gate) * up) with gate, up = w_in x; gelu: w_out gelu_tanh(w_in x). On a mesh the parameters
-    are DTensors cut by expert, and by F where ranks slice an expert: a call computes what this rank holds. `once`
-    lets the sum over slices hold b_out once.
+    are DTensors cut by expert, and by F where ranks slice an expert: a call computes what this rank holds. `slices`
+    (`moe.slices`) then goes around each call, and `once` lets the sum over slices hold b_out once.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Experts(nn.Module):
         self.b_out = nn.Parameter(torch.empty(num_experts, dim, **at)) if bias else None
         self.packed: PackedExperts | None = None
         self.once: Callable[[Tensor], Tensor] = identity
+        self.slices: Callable[[Callable[..., Tensor], Tensor, Plan, Tensor | None], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -69,6 +70,11 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
         """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones."""
+        if self.slices is not None:
+            return self.slices(self._compute, x_TD, plan, weights_TK)
+        return self._compute(x_TD, plan, weights_TK)
+
+    def _compute(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None) -> Tensor:
         w_in, w_out = local_part(self.w_in).flatten(1, 2), local_part(self.w_out)
         b_in = None if self.b_in is None else local_part(self.b_in).flatten(1)
         b_out = None if self.b_out is None else self.once(local_part(self.b_out))

@@ -1,6 +1,6 @@
 """Tensor parallelism's collectives, differentiable: the sequence gathered and scattered, what ranks share or own.
 
-Shapes: P ranks of a group, B sequences, S positions in all, s = S / P of one rank.
+Shapes: P ranks of a group, B sequences, S positions in all, s = S / P of one rank, R rows of one rank, Q rows of all.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.compiler.disable
 def gather_sequence(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, s, ...) of every rank to the whole (B, S, ...). Backward sums the ranks' gradients and returns each its
     own positions' part."""
     return x_BsD if group.size() == 1 else _Gather.apply(x_BsD, group)
 
 
-@torch.compiler.disable
 def scatter_sequence(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sums the ranks' (B, S, ...) and returns each its own positions, (B, s, ...): the inverse of a gather.
 
@@ -37,13 +35,11 @@ def scatter_sequence(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x_BSD if group.size() == 1 else _Scatter.apply(x_BSD, group)
 
 
-@torch.compiler.disable
 def share(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Identity. Its gradient is summed over the ranks: for a weight that all hold and each uses for another part."""
     return x if group.size() == 1 else _Share.apply(x, group)
 
 
-@torch.compiler.disable
 def once(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The value on the first rank and zeros on the others, so that a sum over the ranks holds it once.
 
@@ -57,6 +53,16 @@ def own_positions(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks, axis = group.size(), min(x_BS.dim() - 1, 1)
     _check(x_BS.shape[axis], ranks)
     return x_BS.chunk(ranks, axis)[group.rank()]
+
+
+def gather_rows(x_RD: Tensor, rows_P: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks in their order, (Q, D), rank p having rows_P[p]. Backward sums, as `scatter_rows`."""
+    return x_RD if group.size() == 1 else _GatherRows.apply(x_RD, rows_P, group)
+
+
+def scatter_rows(x_QD: Tensor, rows_P: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Sums the ranks' (Q, D), in their order, and returns each its own rows, (R, D): the inverse of a gather."""
+    return x_QD if group.size() == 1 else _ScatterRows.apply(x_QD, rows_P, group)
 
 
 class _Gather(torch.autograd.Function):
@@ -79,6 +85,28 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return _gather(grads[0], ctx.group), None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, rows_P: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.settings = rows_P, group
+        return _gather_rows(x_RD, rows_P, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _scatter_rows(grads[0], *ctx.settings), None, None
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_QD: Tensor, rows_P: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.settings = rows_P, group
+        return _scatter_rows(x_QD, rows_P, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _gather_rows(grads[0], *ctx.settings), None, None
 
 
 class _Share(torch.autograd.Function):
@@ -116,6 +144,21 @@ def _scatter(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = torch.empty_like(parts[0])
     dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
     return out
+
+
+# Ranks have different numbers of rows: an all-to-all takes them as they are, where an all-gather would need padding.
+def _gather_rows(x_RD: Tensor, rows_P: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = x_RD.new_empty(sum(rows_P), *x_RD.shape[1:])
+    same = [len(x_RD)] * len(rows_P)
+    dist.all_to_all_single(out, x_RD.repeat(len(rows_P), 1), rows_P, same, group=group)
+    return out
+
+
+def _scatter_rows(x_QD: Tensor, rows_P: list[int], group: dist.ProcessGroup) -> Tensor:
+    ranks, own = len(rows_P), rows_P[group.rank()]
+    parts = x_QD.new_empty(ranks, own, *x_QD.shape[1:])
+    dist.all_to_all_single(parts.flatten(0, 1), x_QD.contiguous(), [own] * ranks, rows_P, group=group)
+    return parts.sum(0)
 
 
 def _check(sequence: int, ranks: int) -> None:

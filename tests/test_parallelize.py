@@ -249,7 +249,7 @@ def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch, caplog: py
 
 def _check_refusal(rank: int, world: int) -> None:
     config = replace(CONFIG, experts=(0, 0, 0, 3))
-    with pytest.raises(ValueError, match="does not divide both 2 ranks and 3 experts"):
+    with pytest.raises(ValueError, match="3 experts do not spread over ep=2 of 2 places"):
         parallelize(GPT(config, device="meta"), build_mesh("cpu", ep=2))
 
 

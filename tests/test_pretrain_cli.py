@@ -65,8 +65,8 @@ MISTAKES = {
     "long samples": (["tiny", "--seq-len", "100"], r"seq_len 100 is over model.max_positions 64"),
     "micro batch": (["tiny", "--micro-batch", "3"], r"micro_batch 3 does not divide a rank's 8 sequences"),
     "rates": (["tiny", "--optim.min-lr", "1.0"], r"min_lr 1.0 is not between 0 and optim.lr 0.003"),
-    "no tp": (["tiny", "--parallel.tp", "2"], r"tensor parallelism"),
-    "ep over ranks": (["tiny", "--parallel.ep", "2"], r"ep is 2, which does not divide 1 ranks"),
+    "tp over ranks": (["tiny", "--parallel.tp", "2"], r"tp=2 does not divide 1 ranks: the nearest that does is 1"),
+    "ep over ranks": (["tiny", "--parallel.ep", "2"], r"ep=2 does not divide 1 ranks: the nearest that does is 1"),
     "no data": (["tiny", "--parallel.device", "cpu"], r"no training data: give data.train"),
     "no such checkpoint": (["tiny", "--parallel.device", "cpu", "--checkpoint.resume", "x/step_1"], r"training data"),
 }
@@ -84,7 +84,10 @@ def test_a_mistake_gets_one_sentence(mistake: str, tmp_path: Path, monkeypatch, 
     [
         (3, {}, r"batch_size 8 does not divide over 3 ranks: use 6"),
         (16, {}, r"batch_size 8 does not divide over 16 ranks: use 16"),
-        (8, {"ep": 3}, r"ep is 3, which does not divide 8 ranks: choose among \[1, 2, 4, 8\]"),
+        (16, {"tp": 2}, None),
+        (32, {"tp": 2}, r"batch_size 8 does not divide over 16 data ranks: use 16"),
+        (8, {"tp": 8}, r"tp=8 does not divide heads 2: the nearest that does is 2"),
+        (8, {"ep": 3}, r"ep=3 does not divide 8 ranks: the nearest that does is 2 or 4"),
         (8, {"ep": 8}, None),  # layers of 4 and 8 experts: degrees 4 and 8
     ],
 )
@@ -101,7 +104,7 @@ def test_a_world_that_does_not_fit(world: int, changes: dict, sentence: str | No
 def test_experts_that_do_not_spread() -> None:
     config = RECIPES["tiny"]()
     model = replace(config.model, experts=(6, 6))
-    with pytest.raises(ValueError, match=r"6 experts do not spread over 4 of 8 ranks: .* among \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"6 experts do not spread over ep=4 of 8 places .* nearest that does is 2"):
         check(replace(config, model=model, parallel=replace(config.parallel, ep=4)), 8)
 
 
