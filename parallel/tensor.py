@@ -14,6 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from .collectives import all_reduce_sum
 
+# torch 2.13 renamed them; the older names warn there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def local_part(tensor: Tensor) -> Tensor:
     """The local values of a tensor that a mesh has cut, shared with it: writing to them writes to it."""
@@ -133,7 +137,7 @@ class _Once(torch.autograd.Function):
 def _gather(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks = group.size()
     parts = x_BsD.new_empty(ranks, *x_BsD.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), x_BsD.contiguous(), group=group)
+    _all_gather(parts.flatten(0, 1), x_BsD.contiguous(), group=group)
     return parts.transpose(0, 1).flatten(1, 2)
 
 
@@ -142,7 +146,7 @@ def _scatter(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     _check(x_BSD.shape[1], ranks)
     parts = x_BSD.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()
     out = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
+    _reduce_scatter(out, parts.flatten(0, 1), group=group)
     return out
 
 
