@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu_gemm
-from .backend import choose, jit, tl, triton
+from .backend import choose, jit, on_device, tl, triton
 
 _CACHED = 1 << 20  # logits that a CPU's cache holds in fp32
 
@@ -161,6 +161,8 @@ def _loss_kernel(logits, targets, loss, V, ignore_index, GRAD: tl.constexpr, BLO
     z = logits + row * V
     target = tl.load(targets + row)
     counted = target != ignore_index
+    # Read before the sums, whose barriers keep another thread's gradient from taking its place.
+    hit = tl.load(z + tl.where(counted, target, 0)).to(tl.float32)
     v = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -173,7 +175,6 @@ def _loss_kernel(logits, targets, loss, V, ignore_index, GRAD: tl.constexpr, BLO
         top = higher
     best = tl.max(top, axis=0)
     log_sum = best + tl.log(tl.sum(total * tl.exp(top - best), axis=0))
-    hit = tl.load(z + tl.where(counted, target, 0)).to(tl.float32)
     tl.store(loss + row, tl.where(counted, log_sum - hit, 0.0))
     if GRAD:
         for first in range(0, V, BLOCK):
@@ -184,6 +185,7 @@ def _loss_kernel(logits, targets, loss, V, ignore_index, GRAD: tl.constexpr, BLO
             tl.store(z + first + v, gradient.to(logits.dtype.element_ty), mask=keep)
 
 
+@on_device
 def _run_triton(
     x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, ignore_index: int, chunk: int, need: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
