@@ -126,7 +126,7 @@ def _warps(block: int) -> int:
 @on_device
 def _forward_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, h (x itself without a residual) and the scale (..., 1)."""
-    x, dim = x.contiguous(), x.shape[-1]
+    x, weight, dim = x.contiguous(), weight.contiguous(), x.shape[-1]
     y = torch.empty_like(x)
     h = x if residual is None else torch.empty_like(x)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
@@ -143,7 +143,7 @@ def _forward_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
 def _backward_triton(
     dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    dy, x, dim = dy.contiguous(), x.contiguous(), x.shape[-1]
+    dy, x, weight, dim = dy.contiguous(), x.contiguous(), weight.contiguous(), x.shape[-1]
     rows = x.numel() // dim
     dx = torch.empty_like(x)
     if rows == 0:

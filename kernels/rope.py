@@ -77,7 +77,7 @@ def _rope_kernel(
     """One program a token: all its heads share one row of the tables."""
     token = tl.program_id(0).to(tl.int64)
     b, s = token // S, token % S
-    h = tl.arange(0, HEADS)[:, None]
+    h = tl.arange(0, HEADS)[:, None].to(tl.int64)
     i = tl.arange(0, BLOCK)[None, :]
     keep_row = i < HALF
     keep = (h < H) & keep_row
