@@ -16,7 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 NAMES = ("reference", "torch", "triton", "interpret")
 _forced: str | None = os.environ.get("COTERIE_BACKEND") or None
