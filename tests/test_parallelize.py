@@ -139,7 +139,7 @@ def _check_values(rank: int, world: int, folder: str) -> None:
             if ep == 4:
                 assert isinstance(model.blocks[3].moe.experts.w_in, DTensor)
                 assert model.blocks[3].moe.experts.w_in.to_local().shape[0] == 8 // world
-            save_model(target, model)
+            save_model(target, model, file_bytes=10_000 if ep == 4 else 10**9)  # several files, then one
             dist.barrier()
             again = parallelize(GPT(config, device="meta"), mesh)
             load_weights(target, again)
