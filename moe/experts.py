@@ -58,11 +58,18 @@ class Experts(nn.Module):
         w_in, w_out = _local(self.w_in), _local(self.w_out)
         self.packed = PackedExperts(w_in, w_out, self.activation) if can_pack(w_in) else None
 
+    def train(self, mode: bool = True) -> Experts:
+        """Training writes to the weights in ways that a pack may not see, so it drops the pack."""
+        if mode:
+            self.packed = None
+        super().train(mode)
+        return self
+
     def forward(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
         """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones."""
         w_in, w_out = _local(self.w_in), _local(self.w_out)
         b_in, b_out = (None if b is None else _local(b) for b in (self.b_in, self.b_out))
-        if self.packed is not None and not torch.is_grad_enabled():
+        if self.packed is not None and not torch.is_grad_enabled() and can_pack(w_in):
             if self.packed.fresh(w_in, w_out):
                 return self.packed(x_TD, plan, weights_TK, b_in, b_out)
             self.packed = None
