@@ -123,8 +123,16 @@ class Data:
         return islice(self._flow(self.valid_set, 0), self.config.eval_batches * self.per_step)
 
     def _flow(self, dataset: object, start: int) -> Iterator[Batch]:
-        ranks = self.ranks
-        for batch in batches(dataset, start, self.config.batch_size, self.micro, ranks.rank, ranks.world):
+        config, ranks = self.config, self.ranks
+        for batch in batches(
+            dataset,
+            start,
+            config.batch_size,
+            self.micro,
+            ranks.rank,
+            ranks.world,
+            vocab_size=config.model.vocab_size,  # of large files, parts alone were looked at
+        ):
             moved = [None if part is None else part.to(ranks.device, non_blocking=True) for part in batch]
             yield Batch(*moved)  # type: ignore[arg-type]
 
