@@ -73,7 +73,7 @@ def prepare(
     """Writes OUTPUT.bin, OUTPUT.idx and OUTPUT.tokenizer.json; the same for any number of workers.
 
     Every document ends with the tokenizer's end-of-document token; a special token that a text spells out is text.
-    Memory is bounded by the workers, the longest document and 100 bytes a document. A failure leaves and loses nothing.
+    Memory is bounded by the workers, the longest document and 100 bytes a document. A failure leaves nothing behind.
 
     Args:
         inputs: Files, folders, globs, or "-" for standard input; text, JSONL and parquet by name, gzip by content.
