@@ -33,7 +33,8 @@ def linear_cross_entropy(
     """SUM over counted tokens of -log softmax(w x_t)[target_t].
 
     x_TD and w_VD of one dtype, in which the head's products run; the softmax, the loss and the sum of w's gradient
-    over chunks are fp32 (fp64 for fp64). targets_T int64 in [0, V), or ignore_index: not counted, no gradient.
+    over chunks are fp32 (fp64 for fp64). targets_T int64 in [0, V), or ignore_index: not counted, no gradient. Any
+    other target is refused by torch, and on CUDA, where looking would wait, makes the loss NaN.
     chunk: tokens whose logits exist at a time; None: what runs fastest. Returns an fp32 scalar, 0 for no tokens.
     Gradients of gradients are not defined.
     """
@@ -162,7 +163,7 @@ def _loss_kernel(logits, targets, loss, V, ignore_index, GRAD: tl.constexpr, BLO
     target = tl.load(targets + row)
     counted = target != ignore_index
     # Read before the sums, whose barriers keep another thread's gradient from taking its place.
-    hit = tl.load(z + tl.where(counted, target, 0)).to(tl.float32)
+    hit = tl.load(z + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     v = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
