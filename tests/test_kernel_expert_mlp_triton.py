@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coterie.kernels import expert_mlp_triton, expert_sums_triton
 from coterie.kernels.backend import HAS_TRITON, forced
-from coterie.kernels.expert_mlp import expert_mlp, expert_mlp_reference
+from coterie.kernels.expert_mlp import _backward, _forward, expert_mlp, expert_mlp_reference
 from coterie.kernels.permute import Plan, plan_rows, plan_slots
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -156,6 +156,17 @@ def test_strided_gradient_and_weights() -> None:
 
 def _dropless_fixed() -> Plan:
     return plan_rows((torch.arange(29)[:, None] * 2 + torch.arange(3)) % 5, 5)
+
+
+def test_the_operators_are_well_formed() -> None:
+    operands = {name: value.requires_grad_() for name, value in _operands(29, 5, 3, 9, 7, "gelu-bias").items()}
+    x_TD, *rest = operands.values()
+    args = (x_TD, *_dropped(), *rest, "gelu")
+    plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    with forced("interpret"):
+        torch.library.opcheck(_forward, args)
+        z_RN = _forward(*plain)[1]
+        torch.library.opcheck(_backward, (torch.randn(29, 9), plain[0], z_RN, *plain[1:]))
 
 
 def test_half_precision_through_the_interpreter() -> None:

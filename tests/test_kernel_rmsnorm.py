@@ -109,12 +109,14 @@ def test_strided_weight(backend):
         assert_close_rms(a, b)
 
 
-def test_operators_pass_opcheck():
+@pytest.mark.parametrize("backend", ["torch", "interpret"])
+def test_operators_pass_opcheck(backend):
     (x, residual, weight), dy, dh = inputs((3, 4, 6))
-    torch.library.opcheck(torch.ops.coterie.rms_norm.default, (x, weight, 1e-5))
-    torch.library.opcheck(torch.ops.coterie.rms_norm_add.default, (x, residual, weight, 1e-5))
-    scale = torch.rand(3, 4, 1)
-    torch.library.opcheck(torch.ops.coterie.rms_norm_backward.default, (dy, dh, x.detach(), weight.detach(), scale))
+    gradients = (dy, dh, x.detach(), weight.detach(), torch.rand(3, 4, 1))
+    with forced(backend):
+        torch.library.opcheck(torch.ops.coterie.rms_norm.default, (x, weight, 1e-5))
+        torch.library.opcheck(torch.ops.coterie.rms_norm_add.default, (x, residual, weight, 1e-5))
+        torch.library.opcheck(torch.ops.coterie.rms_norm_backward.default, gradients)
 
 
 def test_a_weight_of_another_width_is_refused():
