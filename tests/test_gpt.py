@@ -343,6 +343,13 @@ def test_biases_follow_the_counts() -> None:
         ({"kv_heads": 4}, "6 heads do not share 4 kv_heads"),
         ({"head_dim": 9}, "even head_dim"),
         ({"experts": (4, 0)}, "lists 2 layers, but the model has 3"),
+        ({"heads": 0}, "heads must be 1 or more, but 0 was given"),
+        ({"dim": -48}, "dim must be 1 or more, but -48"),
+        ({"layers": 0, "experts": ()}, "layers must be 1 or more"),
+        ({"kv_heads": -2}, "kv_heads must be 0"),
+        ({"norm_eps": float("nan")}, "norm_eps must be a number over 0, but nan"),
+        ({"rope_theta": 0.0}, "rope_theta must be a number over 0"),
+        ({"experts": (4, 0, -1)}, r"experts cannot be negative, but \[4, 0, -1\]"),
         ({"experts": (4, 0, 1)}, "top_k=2 is more than the layer's 1 experts"),
     ],
 )
