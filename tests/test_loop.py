@@ -374,6 +374,17 @@ def test_a_full_disk_costs_rows_and_no_others(tmp_path: Path, capsys) -> None:
     assert err.count("cannot be written") == 2, "the rows and the board are told of once each"
 
 
+def test_starting_anew_keeps_the_rows_of_before(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=2)
+    make_trainer(config).run()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again = make_trainer(replace(config, checkpoint=replace(config.checkpoint, resume="never")))
+    again.resume()
+    again.run()
+    assert (tmp_path / "aside_metrics.jsonl").read_text() == before
+    assert losses_of(tmp_path) == [row["loss"] for row in map(json.loads, before.splitlines())]
+
+
 def test_the_board_is_closed_when_the_run_fails(tmp_path: Path, monkeypatch) -> None:
     closed: list[int] = []
     monkeypatch.setattr(MetricsWriter, "close", lambda self: closed.append(1))

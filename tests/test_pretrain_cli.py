@@ -172,9 +172,28 @@ def test_full_disk_at_the_last_save_is_an_error(data: Path, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Checkpointer, "_write_shards", full)
-    assert main(flags(data, tmp_path / "run", "--steps", "1", "--eval-batches", "0")) == 2
+    run = tmp_path / "run"
+    assert main(flags(data, run, "--steps", "1", "--eval-batches", "0")) == 2
     _, err = capsys.readouterr()
+    load_model(run / "model")  # a third of a checkpoint may still have room, and is what the run was for
     assert "step 1 was not written: [Errno 28] No space left on device; there is no older one" in err.splitlines()[-1]
+
+
+def test_a_full_disk_leaves_the_config_whole(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    run = tmp_path / "run"
+    assert main(flags(data, run, "--steps", "1", "--eval-batches", "0")) == 0
+    before = (run / "config.json").read_text()
+    real = Path.write_text
+
+    def full(self: Path, text: str, *rest: str, **more: str) -> int:
+        real(self, text[: len(text) // 2], *rest, **more)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    capsys.readouterr()
+    assert main(flags(data, run, "--steps", "2", "--eval-batches", "0")) == 2
+    assert "coterie: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert (run / "config.json").read_text() == before
 
 
 def test_a_port_in_use_gets_one_sentence(data: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ class Trainer:
         peak = self._peak()
         with self._writer() as writer, StopRequest() as request:
             data = iter(self.steps(self.progress.samples))
-            while self.progress.step < config.total_steps and not stop:
+            while not self.finished and not stop:
                 begin = time.perf_counter()
                 totals = self.step(data, request.signal > 0)
                 stop, seconds = totals.stop, time.perf_counter() - begin
@@ -125,7 +125,11 @@ class Trainer:
         if stop:
             name = signal.Signals(request.signal).name if request.signal else "a signal on another rank"
             self.ranks.log.info(f"{name}: saved at step {self.progress.step}; the same command goes on from there")
-        return Summary(self.progress, self.progress.step >= config.total_steps, valid_loss)
+        return Summary(self.progress, self.finished, valid_loss)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.config.total_steps
 
     def _writer(self) -> contextlib.AbstractContextManager[MetricsWriter | None]:
         """Rank 0's, closed also when the run fails."""
@@ -167,10 +171,8 @@ class Trainer:
         with self.clock.span("data"):
             batches = next(data, None)
             if batches is None:
-                raise ValueError(
-                    f"the data ended after step {self.progress.step} of {config.total_steps}, at "
-                    f"{self.progress.samples} samples: a run that goes on keeps its batch_size, or gets more steps"
-                )
+                where = f"step {self.progress.step} of {config.total_steps}, at {self.progress.samples} samples"
+                raise ValueError(f"the data ended after {where}: keep the batch_size of the run, or give more steps")
             counts = self._global_counts(batches)
         self.model.train()
         seed_noise(self.model, config.seed, self.progress.step, self.ranks.rank)

@@ -53,10 +53,12 @@ class MetricsWriter:
         """`start`: the step that the run resumes from; rows of later steps will be written again, so they go."""
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / METRICS
+        if start == 0 and self._file.is_file() and self._file.stat().st_size:
+            self._file.replace(self._file.with_name(f"aside_{METRICS}"))  # as checkpoints are, of a run begun anew
         self._every = max(every, 1)
         self._separator = ""
         self._told: set[str] = set()
-        kept = [r for r in read_metrics(self._file) if r["step"] <= start] if self._file.exists() and start else []
+        kept = [r for r in read_metrics(self._file) if r["step"] <= start] if self._file.exists() else []
         draft = self._file.with_suffix(".new")
         draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
         draft.replace(self._file)
