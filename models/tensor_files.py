@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,9 @@ class Drafts:
         self._bytes = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._hidden = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+            shutil.rmtree(folder / ".partial", ignore_errors=True)  # of a save that was killed
+            (folder / ".partial").mkdir()
+            self._hidden = folder / ".partial"
         except OSError as error:
             self._trouble = error
 

@@ -186,6 +186,13 @@ def test_a_large_model_is_cut_into_files(saved: Path) -> None:
     assert torch.equal(load_model(saved).embed.weight, loaded.embed.weight)
 
 
+def test_what_a_killed_save_left_is_taken_away(saved: Path) -> None:
+    (saved / ".partial").mkdir()
+    (saved / ".partial" / "model.safetensors").write_bytes(b"half")
+    save_model(saved, load_model(saved))
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
 def test_files_are_filled_in_order() -> None:
     assert split_names({"a": 3, "b": 4}, 7) == {"model.safetensors": ["a", "b"]}
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
