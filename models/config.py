@@ -6,6 +6,8 @@ from typing import Literal
 
 from ..moe.config import MoEConfig
 
+_CHOICES = {"activation": ("swiglu", "gelu"), "norm": ("rmsnorm", "layernorm"), "positions": ("rotary", "learned")}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -56,6 +58,11 @@ class ModelConfig:
             self.moe.check(count)
 
     def _check_ranges(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:  # it would quietly mean the other one
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}: choose one of them"
+                )
         for name in ("vocab_size", "max_positions", "layers", "dim", "heads", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, but {getattr(self, name)} was given")

@@ -343,6 +343,8 @@ def test_biases_follow_the_counts() -> None:
         ({"kv_heads": 4}, "6 heads do not share 4 kv_heads"),
         ({"head_dim": 9}, "even head_dim"),
         ({"experts": (4, 0)}, "lists 2 layers, but the model has 3"),
+        ({"activation": "relu"}, "activation='relu' is not one of swiglu, gelu"),
+        ({"positions": "alibi"}, "positions='alibi' is not one of rotary, learned"),
         ({"heads": 0}, "heads must be 1 or more, but 0 was given"),
         ({"dim": -48}, "dim must be 1 or more, but -48"),
         ({"layers": 0, "experts": ()}, "layers must be 1 or more"),
