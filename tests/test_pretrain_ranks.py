@@ -15,6 +15,8 @@ from coterie.train.launch import launch
 from coterie.train.manifest import list_checkpoints
 from coterie.train.prepare import prepare
 
+TIMEOUT = 240  # seconds; on an idle machine ten are enough
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,7 +52,7 @@ def test_what_needs_no_rank_is_refused_before_one_starts(tmp_path: Path, monkeyp
 @pytest.mark.dist
 def test_what_the_ranks_refuse_is_one_sentence(tmp_path: Path) -> None:
     words = command(tmp_path / "nowhere", tmp_path / "run", 2)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("coterie: there is no ")
     assert done.stderr.count("\n") == 1, done.stderr
@@ -60,7 +62,7 @@ def test_what_the_ranks_refuse_is_one_sentence(tmp_path: Path) -> None:
 def test_what_one_rank_alone_meets_is_one_sentence(data: Path, tmp_path: Path) -> None:
     """Rank 0 alone writes metrics.jsonl; the other meets a peer that is gone, and leaves the word to it."""
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-    done = subprocess.run(command(data, tmp_path / "run", 2), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command(data, tmp_path / "run", 2), capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("coterie: ")
@@ -103,13 +105,13 @@ def test_a_signal_to_the_command_saves(
     run = tmp_path / "run"
     words = command(data, run, ranks, "--steps", "100000")
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + TIMEOUT
     while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
     (os.killpg if group else os.kill)(process.pid, number)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == status, err
     assert b"saved at step" in err
     assert b"Traceback" not in err
