@@ -19,6 +19,7 @@ from coterie.models.parallelize import parallelize
 from coterie.moe.balance import update_bias
 from coterie.parallel.launch import Ranks
 from coterie.parallel.mesh import build_mesh
+from coterie.train.clock import peak_flops
 from coterie.train.faults import first_bad_layer
 from coterie.train.manifest import list_checkpoints
 from coterie.train.metrics import MetricsWriter, read_metrics
@@ -423,3 +424,8 @@ def test_a_checkpoint_named_by_another_path_keeps_its_place(tmp_path: Path, monk
     (folder / "aside_step_00000004").rename(folder / "elsewhere" / "the best")
     assert resume(folder / "elsewhere" / "the best")[-1] == "elsewhere"
     assert list_checkpoints(folder) == [], "none of this folder's is older than a start from elsewhere"
+
+
+def test_a_peak_is_measured_however_busy_the_machine_is() -> None:
+    """The warm-up may take longer than all of the time that is given."""
+    assert peak_flops(torch.device("cpu"), torch.float32, budget=0.0) > 0

@@ -227,6 +227,12 @@ def test_an_environment_that_is_not_torchruns(tmp_path: Path, monkeypatch, capsy
         assert f"WORLD_SIZE={world!r} is not a number of ranks" in refused(["tiny"], capsys)
 
 
+def test_the_traceback_can_be_asked_for(monkeypatch) -> None:
+    monkeypatch.setenv("COTERIE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no recipe"):
+        main(["tinny"])
+
+
 def test_help(capsys) -> None:
     assert main([]) == 0
     listing = capsys.readouterr().out

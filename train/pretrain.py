@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config is not None:
             pretrain(config)
     except (ValueError, ArithmeticError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("COTERIE_TRACEBACK"):
+            raise
         if not first:
             # Mostly all fail alike: rank 0 speaks, and torchrun ends this one before it says the same.
             time.sleep(PATIENCE)
