@@ -247,6 +247,18 @@ def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch, caplog: py
     assert "more lines" not in caplog.text
 
 
+def test_a_compiler_that_cannot_link_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from coterie.models import parallelize as module
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "c++")
+    monkeypatch.setattr(torch, "__file__", "/my models/torch/__init__.py")
+    with caplog.at_level("WARNING", logger="coterie"):
+        assert module._can_compile("cpu") is False
+    assert "/my models/torch has a space in its name" in caplog.text
+
+
 def _check_refusal(rank: int, world: int) -> None:
     config = replace(CONFIG, experts=(0, 0, 0, 3))
     with pytest.raises(ValueError, match="does not divide both 2 ranks and 3 experts"):
