@@ -20,7 +20,7 @@ USAGE = """usage: python -m coterie.train.pretrain RECIPE [--leaf value ...]
 
 Pretrains a model, alone or under torchrun. A run directory that holds checkpoints goes on from the newest.
 `RECIPE --help` lists every leaf of a recipe. Recipes:"""
-PATIENCE = 3.0
+PATIENCE = 10.0
 """Seconds that a rank waits before it tells its error: another rank may be the one to tell."""
 
 
