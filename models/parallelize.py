@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 
 import torch
 from torch import nn
@@ -80,7 +81,9 @@ def _shard(model: GPT, blocks: list[Block], mesh: Mesh, policy: MixedPrecisionPo
                 left |= _shard_part(module, mesh.shard, policy, reshard) if module is not None else set()
         _fully_shard(block, mesh.whole, policy, reshard, left)
     # The embedding and the head are needed at both ends of the pass: gathering them once is less traffic.
-    vocabulary = {model.embed.weight} | (set() if model.head is None else {model.head.weight})
+    vocabulary: set[nn.Parameter] = {model.embed.weight}
+    if model.head is not None:
+        vocabulary.add(model.head.weight)
     if not cut or (mesh.shard.size() == 1 and policy.param_dtype is None):
         _fully_shard(model, mesh.whole, policy, False, left | (vocabulary if cut else set()))
         return
@@ -146,6 +149,9 @@ def _can_compile(device_type: str) -> bool:
             from torch._inductor.cpp_builder import get_cpp_compiler
 
             get_cpp_compiler()
+            home = os.path.dirname(torch.__file__)
+            if " " in home:  # torch gives its linker this folder without quotes
+                raise RuntimeError(f"{home} has a space in its name")
         elif importlib.util.find_spec("triton") is None:
             raise RuntimeError("triton is not installed")
         return True

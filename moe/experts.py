@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.expert_mlp_packed import PackedExperts, can_pack
+from ..kernels.linear import linear
 from ..kernels.permute import Plan
 from ..parallel.tensor import local_part
+
+_FEW = 64  # rows for which starting an operation costs more than its work
 
 
 def projections(activation: str) -> int:
@@ -68,6 +71,13 @@ class Experts(nn.Module):
         w_in, w_out = local_part(self.w_in).flatten(1, 2), local_part(self.w_out)
         self.packed = PackedExperts(w_in, w_out, self.activation) if can_pack(w_in) else None
 
+    def train(self, mode: bool = True) -> Experts:
+        """Training writes to the weights in ways that a pack may not see, so it drops the pack."""
+        if mode:
+            self.packed = None
+        super().train(mode)
+        return self
+
     def forward(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
         """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones."""
         if self.slices is not None:
@@ -78,7 +88,7 @@ class Experts(nn.Module):
         w_in, w_out = local_part(self.w_in).flatten(1, 2), local_part(self.w_out)
         b_in = None if self.b_in is None else local_part(self.b_in).flatten(1)
         b_out = None if self.b_out is None else self.once(local_part(self.b_out))
-        if self.packed is not None and not torch.is_grad_enabled():
+        if self.packed is not None and not torch.is_grad_enabled() and can_pack(w_in):
             if self.packed.fresh(w_in, w_out):
                 return self.packed(x_TD, plan, weights_TK, b_in, b_out)
             self.packed = None
@@ -125,18 +135,19 @@ class FeedForward(nn.Module):
         w_ND, w_DF = local_part(self.w_in).flatten(0, 1), local_part(self.w_out)
         b_N = None if self.b_in is None else local_part(self.b_in).flatten()
         b_D = None if self.b_out is None else self.once(self.b_out)
-        fast = x.device.type == "cpu" and x.dtype == w_ND.dtype == torch.float32
+        many = torch.is_grad_enabled() or x.numel() >= _FEW * x.shape[-1]
+        fast = many and x.device.type == "cpu" and x.dtype == w_ND.dtype == torch.float32
         run = self._as_one_expert if fast else self._plain
         return self.leave(run(self.enter(x), w_ND, w_DF, b_N, b_D))
 
     def _plain(self, x: Tensor, w_ND: Tensor, w_DF: Tensor, b_N: Tensor | None, b_D: Tensor | None) -> Tensor:
-        z = F.linear(x, w_ND, b_N)
+        z = linear(x, w_ND, b_N)
         if self.activation == "swiglu":
             gate, up = z.chunk(2, -1)
             a = F.silu(gate) * up
         else:
             a = F.gelu(z, approximate="tanh")
-        return F.linear(a, w_DF, b_D)
+        return linear(a, w_DF, b_D)
 
     def _as_one_expert(self, x: Tensor, w_ND: Tensor, w_DF: Tensor, b_N: Tensor | None, b_D: Tensor | None) -> Tensor:
         # In fp32 on a CPU the experts' operation takes 0.6 of the time, and keeps less for the backward pass.
