@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ from .attention import Attention, Cache
 from .config import ModelConfig
 from .init import init_weights
 from .layers import Embedding, Norm
+
+Recompute = Literal["none", "selective", "full"]
+"""What a block repeats in backward: nothing, its attention half (no exchange is repeated), or all from its input."""
+
+# The gate seeds its own noise: no global random state needs to be kept.
+_repeat = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Output(NamedTuple):
@@ -65,11 +72,12 @@ class Block(nn.Module):
         cache: Cache | None = None,
         replay_TK: Tensor | None = None,
         history_E: Tensor | None = None,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> tuple[Tensor, Routing | None]:
-        """(y_BSD, routing of a MoE layer). `recompute` keeps the input alone and repeats the rest in backward."""
-        if not recompute:
-            return self._run(x_BSD, cos, sin, valid_BS, cache, replay_TK, history_E)
+        """(y_BSD, routing of a MoE layer)."""
+        if recompute != "full":
+            half = recompute == "selective"
+            return self._run(x_BSD, cos, sin, valid_BS, cache, replay_TK, history_E, half)
         gate = None if self.moe is None else self.moe.gate
         first: list[tuple[Tensor, int]] = []
 
@@ -87,8 +95,7 @@ class Block(nn.Module):
             finally:
                 gate.draws = now
 
-        # The gate seeds its own noise: no global random state needs to be kept.
-        return checkpoint(run, x_BSD, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return _repeat(run, x_BSD)  # type: ignore[no-any-return]
 
     def attend(
         self, x_BSD: Tensor, cos: Tensor | None, sin: Tensor | None, cache: Cache | None
@@ -106,8 +113,10 @@ class Block(nn.Module):
         cache: Cache | None,
         replay_TK: Tensor | None,
         history_E: Tensor | None,
+        repeat_attention: bool = False,
     ) -> tuple[Tensor, Routing | None]:
-        h_BSD, x_BSD = self.attend(x_BSD, cos, sin, cache)
+        attend = partial(_repeat, self.attend) if repeat_attention else self.attend
+        h_BSD, x_BSD = attend(x_BSD, cos, sin, cache)  # type: ignore[misc]
         if self.moe is None:
             return x_BSD + self.mlp(h_BSD), None  # type: ignore[misc]
         out = self.moe(h_BSD, valid_BS, replay_TK=replay_TK, history_E=history_E)
@@ -122,7 +131,7 @@ class GPT(nn.Module):
     """A pre-norm decoder with dense and MoE layers.
 
     Attributes:
-        recompute: keep one tensor per block in training and repeat the block in backward, on the same routes.
+        recompute: what a training step repeats in backward, on the same routes, so as to keep less: see `Recompute`.
         own, loss, logits: this rank's positions of (S,) or (B, S), and the head's two uses; `parallelize` replaces
             them where a rank holds some positions and some words.
     """
@@ -131,7 +140,7 @@ class GPT(nn.Module):
         super().__init__()
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.recompute = False
+        self.recompute: Recompute = "none"
         self.own: Callable[[Tensor], Tensor] = identity
         self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _loss
         self.logits: Callable[[Tensor, Tensor, int], Tensor] = _logits
@@ -185,7 +194,7 @@ class GPT(nn.Module):
         """
         x_BSD, cos, sin = self._embed(tokens_BS, positions_BS, cache.length if cache is not None else 0)
         valid_BS = None if valid_BS is None else self.own(valid_BS)
-        recompute = self.recompute and cache is None and torch.is_grad_enabled()
+        recompute = self.recompute if cache is None and torch.is_grad_enabled() else "none"
         routings: list[Routing] = []
         for block in self.blocks:
             moe, n = block.moe is not None, len(routings)

@@ -81,9 +81,7 @@ def _shard(model: GPT, blocks: list[Block], mesh: Mesh, policy: MixedPrecisionPo
                 left |= _shard_part(module, mesh.shard, policy, reshard) if module is not None else set()
         _fully_shard(block, mesh.whole, policy, reshard, left)
     # The embedding and the head are needed at both ends of the pass: gathering them once is less traffic.
-    vocabulary: set[nn.Parameter] = {model.embed.weight}
-    if model.head is not None:
-        vocabulary.add(model.head.weight)
+    vocabulary = {*model.embed.parameters(), *(() if model.head is None else model.head.parameters())}
     if not cut or (mesh.shard.size() == 1 and policy.param_dtype is None):
         _fully_shard(model, mesh.whole, policy, False, left | (vocabulary if cut else set()))
         return

@@ -50,7 +50,14 @@ GPT2 = replace(
         gate=GateConfig(aux_weight=0.05, z_weight=0.01, aux_scope="sequence"),
     ),
 )
-CONFIGS = {"modern": MODERN, "gpt2": GPT2}
+# Every second assignment or so is dropped: a rank's capacity counts its own tokens.
+CAPACITY = replace(
+    MODERN,
+    layers=2,
+    experts=(4, 8),
+    moe=replace(MODERN.moe, gate=replace(MODERN.moe.gate, capacity_factor=0.75, min_capacity=1)),
+)
+CONFIGS = {"modern": MODERN, "gpt2": GPT2, "capacity": CAPACITY}
 BATCH, SEQUENCE = 8, 16
 
 
@@ -80,6 +87,13 @@ def share_of(rank: int, data_ranks: int, tp: int) -> slice:
     """The sequences that a rank reads."""
     share, place = BATCH // data_ranks, rank // tp
     return slice(place * share, (place + 1) * share)
+
+
+def tokens_of_ranks(world: int, tp: int) -> list[list[int]]:
+    """The tokens b * S + s that each rank holds: its sequences' positions, cut over tp."""
+    index_BS = torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE)
+    shares = [index_BS[share_of(rank, world // tp, tp)].chunk(tp, 1)[rank % tp] for rank in range(world)]
+    return [share.flatten().tolist() for share in shares]
 
 
 @pytest.fixture(scope="module")

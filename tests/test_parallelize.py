@@ -81,7 +81,7 @@ def _check_layout(rank: int, world: int, ep: int, config: ModelConfig, recompute
     expected, expected_loss = _one_rank(config)
     model = parallelize(GPT(config, device="meta"), build_mesh("cpu", ep=ep), reshard=reshard)
     model.init_weights(3)
-    model.recompute = recompute
+    model.recompute = "full" if recompute else "none"
     share = BATCH // world
     loss = _loss(model, slice(rank * share, (rank + 1) * share))
     loss.backward()
@@ -156,7 +156,7 @@ def _check_bf16(rank: int, world: int, ep: int) -> tuple[float, float]:
     mesh = build_mesh("cpu", ep=ep)
     model = parallelize(GPT(CONFIG, device="meta"), mesh, dtype=torch.bfloat16)
     model.init_weights(3)
-    model.recompute = True
+    model.recompute = "full"
     seen: dict[str, set[torch.dtype]] = {"gate": set(), "experts": set(), "attention": set()}
     for block in model.blocks:
         block.attention.q.register_forward_pre_hook(
@@ -222,7 +222,7 @@ def _check_compiled(rank: int, world: int) -> None:
     _, expected_loss = _one_rank(config)
     model = parallelize(GPT(config, device="meta"), build_mesh("cpu"), compile=True)
     model.init_weights(3)
-    model.recompute = True
+    model.recompute = "full"
     for _ in range(2):
         loss = _loss(model, slice(None))
         loss.backward()

@@ -133,13 +133,13 @@ def test_wrong_and_foreign_data(data: Path, tmp_path: Path, capsys) -> None:
 def test_a_whole_run_and_what_it_leaves(data: Path, tmp_path: Path, capsys, caplog) -> None:
     """Also: the checkpoint of another model is refused, and the run that is done is left as it is."""
     run = tmp_path / "run"
-    more = ["--steps", "3", "--checkpoint.every", "2", "--micro-batch", "4", "--parallel.recompute", "True"]
+    more = ["--steps", "3", "--checkpoint.every", "2", "--micro-batch", "4", "--parallel.recompute", "selective"]
     assert main(flags(data, run, *more)) == 0
     out, _ = capsys.readouterr()
     assert out.count("\nstep ") + out.startswith("step ") == 3
     config = from_dict(json.loads((run / "config.json").read_text()))
     assert config.steps == 3
-    assert config.parallel.recompute
+    assert config.parallel.recompute == "selective"
     assert config.model == RECIPES["tiny"]().model
     assert from_dict(to_dict(config)) == config
     environment = json.loads((run / "environment.json").read_text())

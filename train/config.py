@@ -77,8 +77,8 @@ class ParallelConfig:
     """Free gathered weights after the forward pass (less memory, one more gather)."""
     sync_every_micro: bool = False
     """Reduce gradients after each micro-batch, not once a step: less memory, more traffic."""
-    recompute: bool = False
-    """Activation checkpointing of every block, with the routes of the first pass replayed."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing of every block: its attention half, or all of it with the routes of the first pass."""
     compile: bool = False
     deterministic: bool = False
     """On a GPU, repeat runs bit by bit at the price of a slower attention backward. A CPU always does."""
