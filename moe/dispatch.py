@@ -11,18 +11,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.permute import Plan, permute, plan_rows, plan_slots, unpermute
-from ..parallel.all_to_all import Clock, all_to_all_rows, exchange_counts
+from ..parallel.all_to_all import Network
+from ..parallel.exchange import Exchange, Flat
+from ..parallel.traffic import Clock, Traffic
 from .gate import Routing
 
 RunExperts = Callable[[Tensor, Plan, Tensor | None], Tensor]
+
+
+Finish = Callable[[RunExperts], Tensor]
+"""Runs the experts on what has travelled since the start, and brings the answers home: y_TD. Called once."""
 
 
 class LocalDispatch:
     """All experts are here: their rows are gathered and combined inside the experts' own operation."""
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
+        return self.start(x_TD, routing)(experts)
+
+    def start(self, x_TD: Tensor, routing: Routing) -> Finish:
+        """Nothing travels."""
         plan = plan_rows(routing.ids_TK, routing.stats.kept_E.shape[0])
-        return experts(x_TD, plan, routing.weights_TK)
+        return lambda experts: experts(x_TD, plan, routing.weights_TK)
 
     def rows(self, routing: Routing) -> Tensor:
         """Rows that experts compute for these tokens, padding included."""
@@ -32,14 +42,17 @@ class LocalDispatch:
 class AllToAllDispatch:
     """Experts live on the ranks of `group`, E / P consecutive ones on each; tokens travel to them and back.
 
-    By default every row that was routed travels and nothing else: one exchange of counts, one all-to-all of rows
-    each way (as DeepSpeed since #8190), one read of the split sizes on the host.
+    By default every row that was routed travels and nothing else: one exchange of counts, one of rows each way (as
+    DeepSpeed since #8190), one read of the split sizes on the host.
 
     With `even_capacity` each rank sends exactly that many rows to every expert, empty ones included: no counts, no
     host read, static shapes (the layout of DeepSpeed and Tutel). Routing must then have dropped what passes it, so
     give `Gate.capacity`, which is called with the number of tokens, padding included; all ranks must get the same.
 
     Every rank runs every collective, with or without tokens. Weights are applied at home.
+
+    Args:
+        exchange: how rows travel (`parallel.exchange_dedup.make_exchange`); all give the same bits. None: flat.
     """
 
     def __init__(
@@ -47,27 +60,45 @@ class AllToAllDispatch:
         group: dist.ProcessGroup,
         num_experts: int,
         even_capacity: int | Callable[[int], int | None] | None = None,
+        *,
+        exchange: Exchange | None = None,
     ) -> None:
         self.group, self.num_experts, self.even_capacity = group, num_experts, even_capacity
         self.ranks = group.size()
         if num_experts % self.ranks:
             raise ValueError(f"{num_experts} experts do not spread evenly over {self.ranks} ranks")
-        self.clock = Clock()
+        self.exchange = Flat(Network(group)) if exchange is None else exchange
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this layer's exchanges sent."""
+        return self.exchange.traffic
+
+    @property
+    def clock(self) -> Clock:
+        """The seconds in which they held up the computation."""
+        return self.traffic.clock
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
+        return self.start(x_TD, routing)(experts)
+
+    def start(self, x_TD: Tensor, routing: Routing) -> Finish:
+        """Sends the rows on their way; compute what needs no expert before finishing."""
         if self.even_capacity is not None:
-            return self._even(x_TD, routing, experts, self._capacity(len(x_TD)))
+            return self._start_even(x_TD, routing, self._capacity(len(x_TD)))
         if self.ranks == 1:
-            return LocalDispatch()(x_TD, routing, experts)
+            return LocalDispatch().start(x_TD, routing)
         plan = plan_rows(routing.ids_TK, self.num_experts)
-        counts_PL = exchange_counts(plan.counts_E, self.group, self.clock)
-        sent_P = plan.counts_E.view(self.ranks, -1).sum(1)
-        send, receive = torch.stack([sent_P, counts_PL.sum(1)]).tolist()
-        plan = plan._replace(source_R=plan.source_R[: sum(send)])  # empty rows stay at home
-        x_QD = all_to_all_rows(permute(x_TD, plan), send, receive, self.group, self.clock)
-        y_QD = experts(x_QD, _regroup(counts_PL, len(x_QD)), None)
-        y_RD = all_to_all_rows(y_QD, receive, send, self.group, self.clock)
-        return unpermute(y_RD, plan, routing.weights_TK)
+        (trip,) = self.exchange.prepare(routing.ids_TK, plan.slot_TK, plan.counts_E.view(1, self.ranks, -1))
+        plan = plan._replace(source_R=plan.source_R[: trip.leaving])  # empty rows stay at home
+        arrive = trip.send(permute(x_TD, plan))
+
+        def finish(experts: RunExperts) -> Tensor:
+            x_QD = arrive()
+            y_QD = experts(x_QD, _regroup(trip.counts_PL, len(x_QD)), None)
+            return unpermute(trip.reply(y_QD)(), plan, routing.weights_TK)
+
+        return finish
 
     def rows(self, routing: Routing) -> Tensor:
         """Rows that experts compute for this rank's tokens, padding included."""
@@ -82,17 +113,22 @@ class AllToAllDispatch:
             raise ValueError("even splits need a capacity, but the gate is dropless: set capacity_factor")
         return capacity
 
-    def _even(self, x_TD: Tensor, routing: Routing, experts: RunExperts, capacity: int) -> Tensor:
+    def _start_even(self, x_TD: Tensor, routing: Routing, capacity: int) -> Finish:
         plan = plan_slots(routing.ids_TK, self.num_experts, capacity)
-        splits = [len(plan.source_R) // self.ranks] * self.ranks
-        x_QD = all_to_all_rows(permute(x_TD, plan), splits, splits, self.group, self.clock)
         here = self.num_experts // self.ranks
-        rows_Q = torch.arange(len(x_QD), device=x_QD.device)
-        source_Q = rows_Q.view(self.ranks, here, capacity).transpose(0, 1).flatten()
-        slot_Q = rows_Q.view(here, self.ranks, capacity).transpose(0, 1).flatten()  # the inverse of source_Q
-        counts_L = plan.counts_E.view(self.ranks, -1).sum(0)
-        y_QD = experts(x_QD, Plan(source_Q, slot_Q[:, None], counts_L), None)
-        return unpermute(all_to_all_rows(y_QD, splits, splits, self.group, self.clock), plan, routing.weights_TK)
+        trip = self.exchange.even(here * capacity)
+        arrive = trip.send(permute(x_TD, plan))
+
+        def finish(experts: RunExperts) -> Tensor:
+            x_QD = arrive()
+            rows_Q = torch.arange(len(x_QD), device=x_QD.device)
+            source_Q = rows_Q.view(self.ranks, here, capacity).transpose(0, 1).flatten()
+            slot_Q = rows_Q.view(here, self.ranks, capacity).transpose(0, 1).flatten()  # the inverse of source_Q
+            counts_L = plan.counts_E.view(self.ranks, -1).sum(0)
+            y_QD = experts(x_QD, Plan(source_Q, slot_Q[:, None], counts_L), None)
+            return unpermute(trip.reply(y_QD)(), plan, routing.weights_TK)
+
+        return finish
 
 
 def _regroup(counts_PL: Tensor, rows: int) -> Plan:

@@ -1,0 +1,136 @@
+"""Exchanges on gloo ranks that pretend to be nodes: all give the bits of the flat one, and send what formulas say."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor
+
+from coterie.moe.config import GateConfig, MoEConfig
+from coterie.moe.dispatch import AllToAllDispatch
+from coterie.moe.layer import MoE
+from coterie.parallel import cost
+from coterie.parallel.all_to_all import Network
+from coterie.parallel.exchange_dedup import EXCHANGES, make_exchange
+from coterie.parallel.traffic import Nodes
+
+D, E, F = 6, 16, 5
+NODES = {4: [2, 4, 1], 8: [4, 2]}  # ranks per node that a world pretends
+
+
+class Case(NamedTuple):
+    config: MoEConfig
+    tokens: tuple[int, ...]
+    even: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+PLAIN = GateConfig(aux_weight=0.0)
+DROPS = GateConfig(capacity_factor=0.6, min_capacity=1, aux_weight=0.0)
+UNEVEN = (7, 0, 12, 1, 5, 9, 0, 3)
+CASES = {
+    "uneven": Case(MoEConfig(hidden=F, top_k=5, gate=PLAIN), UNEVEN),
+    "top1": Case(MoEConfig(hidden=F, top_k=1, gate=PLAIN), UNEVEN),
+    "residual shared": Case(MoEConfig(hidden=F, residual=True, shared_hidden=4, bias=True, gate=PLAIN), UNEVEN),
+    "capacity": Case(MoEConfig(hidden=F, top_k=3, gate=DROPS), UNEVEN),
+    "even": Case(MoEConfig(hidden=F, top_k=3, gate=DROPS), (9,) * 8, even=True),
+    "one token": Case(MoEConfig(hidden=F, top_k=4, gate=PLAIN), (0, 0, 1, 0, 0, 0, 0, 0)),
+    "nothing": Case(MoEConfig(hidden=F, gate=PLAIN), (0,) * 8),
+    "one expert": Case(MoEConfig(hidden=F, top_k=1, gate=PLAIN), UNEVEN),
+    "bf16": Case(MoEConfig(hidden=F, top_k=6, gate=PLAIN), UNEVEN, dtype=torch.bfloat16),
+}
+
+
+def _layer(name: str, case: Case, group: dist.ProcessGroup, dispatch: AllToAllDispatch) -> MoE:
+    torch.manual_seed(5)
+    moe = MoE(D, E, case.config, dtype=case.dtype)
+    torch.nn.init.normal_(moe.gate.weight, std=0.7)
+    if name == "one expert":
+        moe.gate.weight.data.zero_()[11, 0] = 9
+    here = E // group.size()
+    for key, p in list(moe.experts.named_parameters()):
+        own = p.detach()[group.rank() * here : (group.rank() + 1) * here].clone()
+        setattr(moe.experts, key, torch.nn.Parameter(own))
+    moe.dispatch = dispatch
+    return moe
+
+
+def _step(name: str, case: Case, group: dist.ProcessGroup, dispatch: AllToAllDispatch) -> dict[str, Any]:
+    """One forward and backward pass: the answer, all gradients, the routes and what was sent."""
+    moe = _layer(name, case, group, dispatch)
+    generator = torch.Generator().manual_seed(100 + group.rank())
+    shape = (1, case.tokens[group.rank()], D)
+    x_BSD = torch.randn(shape, generator=generator).to(case.dtype)
+    x_BSD[..., 0] = x_BSD[..., 0].abs() + 0.5
+    x_BSD.requires_grad_()
+    dy_BSD = torch.randn(shape, generator=generator).to(case.dtype)
+    dispatch.traffic.read()
+    out = moe(x_BSD)
+    forward = dispatch.traffic.read()
+    (out.y * dy_BSD).sum().backward()
+    values = {n: p.grad for n, p in moe.named_parameters()} | {"y": out.y.detach(), "x": x_BSD.grad}
+    traffic = [{k: list(s) for k, s in sent.items()} for sent in (forward, dispatch.traffic.read())]
+    return {"values": values, "ids": out.routing.ids_TK, "traffic": traffic, "seconds": dispatch.clock.read()}
+
+
+def _all(rank: int, world: int) -> dict[str, Any]:
+    group = dist.group.WORLD
+    assert group is not None
+    results: dict[str, Any] = {}
+    for per_node in NODES[world]:
+        network = Network(group, per_node)
+        assert network.grid() == Nodes(world // per_node, per_node)
+        for name, case in CASES.items():
+            for kind in EXCHANGES:
+                for overlap in _overlaps(name):
+                    capacity = _capacity(case) if case.even else None
+                    dispatch = AllToAllDispatch(
+                        group, E, capacity, exchange=make_exchange(kind, network, overlap=overlap)
+                    )
+                    results[f"{per_node} {name} {kind} {overlap}"] = _step(name, case, group, dispatch)
+    return results
+
+
+def _overlaps(name: str) -> tuple[bool, ...]:
+    return (True, False) if name == "residual shared" else (True,)
+
+
+def _capacity(case: Case) -> int:
+    return max(-(-case.tokens[0] * case.config.top_k * 6 // (E * 10)), 1)
+
+
+def _same_bits(mine: Tensor | None, theirs: Tensor | None) -> bool:
+    if mine is None or theirs is None:
+        return mine is theirs
+    whole = {2: torch.int16, 4: torch.int32}[theirs.element_size()]
+    return mine.shape == theirs.shape and torch.equal(mine.view(whole), theirs.view(whole))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", NODES)
+def test_all_exchanges_give_the_same_bits_and_send_what_the_formulas_say(world: int) -> None:
+    ranks = run_ranks(_all, world)
+    for per_node in NODES[world]:
+        for name, case in CASES.items():
+            for kind in EXCHANGES:
+                for overlap in _overlaps(name):
+                    key = f"{per_node} {name} {kind} {overlap}"
+                    for rank, result in enumerate(ranks):
+                        expected = result[f"{per_node} {name} flat True"]["values"]
+                        for n, value in result[key]["values"].items():
+                            assert _same_bits(value, expected[n]), f"{n} of rank {rank} in {key}"
+                    if not case.even:
+                        _check_counts([r[key] for r in ranks], Nodes(world // per_node, per_node), kind, case)
+
+
+def _check_counts(results: list[dict[str, Any]], nodes: Nodes, kind: str, case: Case) -> None:
+    routed = cost.observe([r["ids"].numpy() for r in results], E, nodes)
+    batch = cost.Batch(0, D, case.config.top_k, E, case.dtype.itemsize)
+    forward = cost.phases(kind, routed, nodes, batch, backward=False)
+    both = cost.phases(kind, routed, nodes, batch)
+    for rank, result in enumerate(results):
+        for counted, matrices in zip(result["traffic"], (forward, both[len(forward) :]), strict=True):
+            expected = cost.sent(matrices, nodes, rank)
+            assert counted == {k: list(s) for k, s in expected.items()}, f"rank {rank} of {nodes} by {kind}"
