@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels.permute import Plan, permute, plan_rows, plan_slots, unpermute
 from ..parallel.all_to_all import Network
 from ..parallel.exchange import Exchange, Flat
+from ..parallel.exchange_replicas import Replicas
 from ..parallel.traffic import Clock, Traffic
 from .gate import Routing
 
@@ -129,6 +130,38 @@ class AllToAllDispatch:
             return unpermute(trip.reply(y_QD)(), plan, routing.weights_TK)
 
         return finish
+
+
+class Coordinated:
+    """For tokens that all of `replicas` hold, as tensor-parallel ranks without sequence parallelism do: each carries
+    its share of them through `dispatch`, over the ranks that have its place among the replicas, and the answers are
+    gathered. O(p / L) + O(L) messages for L replicas (DeepSpeed-MoE section 5.3)."""
+
+    def __init__(self, dispatch: AllToAllDispatch, replicas: Replicas) -> None:
+        if dispatch.even_capacity is not None:
+            raise ValueError("a share of the tokens has no even splits: coordinate a dispatch without even_capacity")
+        self.dispatch, self.replicas = dispatch, replicas
+
+    @property
+    def clock(self) -> Clock:
+        """The seconds in which exchanges held up the computation."""
+        return self.dispatch.clock
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
+        return self.start(x_TD, routing)(experts)
+
+    def start(self, x_TD: Tensor, routing: Routing) -> Finish:
+        """Sends this rank's share on its way."""
+        total, take = len(x_TD), self.replicas.take
+        share = routing._replace(
+            ids_TK=routing.ids_TK[self.replicas.share(total)], weights_TK=take(routing.weights_TK)
+        )
+        finish = self.dispatch.start(take(x_TD), share)
+        return lambda experts: self.replicas.gather(finish(experts), total)
+
+    def rows(self, routing: Routing) -> Tensor:
+        """Rows that experts compute for all these tokens."""
+        return self.dispatch.rows(routing)
 
 
 def _regroup(counts_PL: Tensor, rows: int) -> Plan:

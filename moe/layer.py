@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoEConfig
-from .dispatch import AllToAllDispatch, LocalDispatch
+from .dispatch import AllToAllDispatch, Coordinated, LocalDispatch
 from .experts import Experts, FeedForward
 from .gate import Gate, Routing
 
@@ -52,7 +52,7 @@ class MoE(nn.Module):
         self.coefficient = nn.Linear(dim, 2, **at) if config.residual else None
         self.shared = FeedForward(dim, config.shared_hidden, **kind) if config.shared_hidden else None
         self.shared_gate = nn.Linear(dim, 1, bias=False, **at) if config.shared_gate else None
-        self.dispatch: LocalDispatch | AllToAllDispatch = LocalDispatch()
+        self.dispatch: LocalDispatch | AllToAllDispatch | Coordinated = LocalDispatch()
 
     def forward(
         self,

@@ -119,8 +119,9 @@ def test_the_choice_follows_latency_and_bandwidth() -> None:
     assert choose_exchange(few, nodes, slow).name == "hierarchical"
     assert choose_exchange(many, nodes, slow).name == "deduplicated"
     one = many._replace(top_k=1)  # no token goes to two ranks: nothing to leave out
-    assert choose_exchange(one, nodes, slow).name == "flat"
-    assert choose_exchange(one, Nodes(1, 8), slow).name == "flat"
+    free = {kind: rate._replace(message=0.0) for kind, rate in slow.items()}
+    assert choose_exchange(one, nodes, free).name == "flat"
+    assert choose_exchange(one, Nodes(1, 8), free).name == "flat"
     forced = choose_exchange(many, nodes, slow, override="flat")
     assert forced.name == "flat"
     assert forced.predictions == choose_exchange(many, nodes, slow).predictions

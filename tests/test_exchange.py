@@ -5,15 +5,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import assert_close_rms
 from ranks import run_ranks
 from torch import Tensor
 
 from coterie.moe.config import GateConfig, MoEConfig
-from coterie.moe.dispatch import AllToAllDispatch
+from coterie.moe.dispatch import AllToAllDispatch, Coordinated
 from coterie.moe.layer import MoE
 from coterie.parallel import cost
 from coterie.parallel.all_to_all import Network
 from coterie.parallel.exchange_dedup import EXCHANGES, make_exchange
+from coterie.parallel.exchange_probe import pick_exchange
+from coterie.parallel.exchange_replicas import Replicas
 from coterie.parallel.traffic import Nodes
 
 D, E, F = 6, 16, 5
@@ -57,9 +60,13 @@ def _layer(name: str, case: Case, group: dist.ProcessGroup, dispatch: AllToAllDi
     return moe
 
 
-def _step(name: str, case: Case, group: dist.ProcessGroup, dispatch: AllToAllDispatch) -> dict[str, Any]:
+def _step(
+    name: str, case: Case, group: dist.ProcessGroup, dispatch: AllToAllDispatch, replicas: Replicas | None = None
+) -> dict[str, Any]:
     """One forward and backward pass: the answer, all gradients, the routes and what was sent."""
     moe = _layer(name, case, group, dispatch)
+    if replicas is not None:
+        moe.dispatch = Coordinated(dispatch, replicas)
     generator = torch.Generator().manual_seed(100 + group.rank())
     shape = (1, case.tokens[group.rank()], D)
     x_BSD = torch.randn(shape, generator=generator).to(case.dtype)
@@ -78,7 +85,7 @@ def _step(name: str, case: Case, group: dist.ProcessGroup, dispatch: AllToAllDis
 def _all(rank: int, world: int) -> dict[str, Any]:
     group = dist.group.WORLD
     assert group is not None
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"coordinated": _coordinated(rank, world)}
     for per_node in NODES[world]:
         network = Network(group, per_node)
         assert network.grid() == Nodes(world // per_node, per_node)
@@ -90,7 +97,29 @@ def _all(rank: int, world: int) -> dict[str, Any]:
                         group, E, capacity, exchange=make_exchange(kind, network, overlap=overlap)
                     )
                     results[f"{per_node} {name} {kind} {overlap}"] = _step(name, case, group, dispatch)
+        choice = pick_exchange(network, cost.Batch(64, D, 2, E))
+        results[f"{per_node} choice"] = [choice.name, *choice.predictions.values()]
     return results
+
+
+def _coordinated(rank: int, world: int) -> list[dict[str, Tensor]]:
+    """Pairs of ranks hold the same tokens: each pair by itself, and coordinated."""
+    pair, place = (_group(ranks) for ranks in ([rank - rank % 2, rank - rank % 2 + 1], range(rank % 2, world, 2)))
+    results = []
+    for name in ("uneven", "residual shared", "one token"):
+        case = CASES[name]
+        case = case._replace(tokens=case.tokens[: world // 2])
+        for coordinated in (False, True):
+            dispatch = AllToAllDispatch(place, E, exchange=make_exchange("hierarchical", Network(place, world // 2)))
+            replicas = Replicas(pair, dispatch.traffic, world // 2)
+            results.append(_step(name, case, place, dispatch, replicas if coordinated else None))
+    return results
+
+
+def _group(ranks: Any) -> dist.ProcessGroup:
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _overlaps(name: str) -> tuple[bool, ...]:
@@ -112,7 +141,11 @@ def _same_bits(mine: Tensor | None, theirs: Tensor | None) -> bool:
 @pytest.mark.parametrize("world", NODES)
 def test_all_exchanges_give_the_same_bits_and_send_what_the_formulas_say(world: int) -> None:
     ranks = run_ranks(_all, world)
+    _check_coordinated([r["coordinated"] for r in ranks])
     for per_node in NODES[world]:
+        choices = [r[f"{per_node} choice"] for r in ranks]
+        assert choices == choices[:1] * world, "all ranks pick the same"
+        assert min(choices[0][1:]) > 0
         for name, case in CASES.items():
             for kind in EXCHANGES:
                 for overlap in _overlaps(name):
@@ -134,3 +167,16 @@ def _check_counts(results: list[dict[str, Any]], nodes: Nodes, kind: str, case: 
         for counted, matrices in zip(result["traffic"], (forward, both[len(forward) :]), strict=True):
             expected = cost.sent(matrices, nodes, rank)
             assert counted == {k: list(s) for k, s in expected.items()}, f"rank {rank} of {nodes} by {kind}"
+
+
+def _check_coordinated(ranks: list[list[dict[str, Any]]]) -> None:
+    """What replicas get by their shares is what each gets by itself; an expert's gradients are halves of it."""
+    for first, second in zip(ranks[::2], ranks[1::2], strict=True):
+        for alone, one, other in zip(first[::2], first[1::2], second[1::2], strict=True):
+            for name, expected in alone["values"].items():
+                if not name.startswith("experts."):
+                    assert_close_rms(one["values"][name], expected, 1e-6, name)
+                    assert _same_bits(one["values"][name], other["values"][name]), name
+                else:
+                    assert_close_rms(one["values"][name] + other["values"][name], expected, 1e-6, name)
+            assert sum(s[1] for s in one["traffic"][0].values()) > 0
