@@ -4,20 +4,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.permute import Plan, permute, plan_rows, plan_slots, unpermute
-from ..parallel.all_to_all import Network
-from ..parallel.exchange import Exchange, Flat
+from ..parallel.all_to_all import Land, Network
+from ..parallel.exchange import Exchange, Flat, Trip
 from ..parallel.exchange_replicas import Replicas
 from ..parallel.traffic import Clock, Traffic
+from .experts import Chunks
 from .gate import Routing
 
-RunExperts = Callable[[Tensor, Plan, Tensor | None], Tensor]
+RunExperts = Callable[..., Any]
+"""`Experts.forward`: (rows, plan, weights) to answers, or `Chunks` of rows."""
 
 
 Finish = Callable[[RunExperts], Tensor]
@@ -54,6 +57,8 @@ class AllToAllDispatch:
 
     Args:
         exchange: how rows travel (`parallel.exchange_dedup.make_exchange`); all give the same bits. None: flat.
+        chunks: parts of each rank's experts whose rows travel by themselves, so that the experts of one compute
+            while the next is under way; the same bits again. It must divide the experts of a rank.
     """
 
     def __init__(
@@ -63,11 +68,17 @@ class AllToAllDispatch:
         even_capacity: int | Callable[[int], int | None] | None = None,
         *,
         exchange: Exchange | None = None,
+        chunks: int = 1,
     ) -> None:
         self.group, self.num_experts, self.even_capacity = group, num_experts, even_capacity
+        self.chunks = chunks
         self.ranks = group.size()
         if num_experts % self.ranks:
             raise ValueError(f"{num_experts} experts do not spread evenly over {self.ranks} ranks")
+        if chunks < 1 or num_experts // self.ranks % chunks or (chunks > 1 and even_capacity is not None):
+            raise ValueError(
+                f"{num_experts // self.ranks} experts of a rank, without even splits, not in {chunks} chunks"
+            )
         self.exchange = Flat(Network(group)) if exchange is None else exchange
 
     @property
@@ -89,17 +100,33 @@ class AllToAllDispatch:
             return self._start_even(x_TD, routing, self._capacity(len(x_TD)))
         if self.ranks == 1:
             return LocalDispatch().start(x_TD, routing)
-        plan = plan_rows(routing.ids_TK, self.num_experts)
-        (trip,) = self.exchange.prepare(routing.ids_TK, plan.slot_TK, plan.counts_E.view(1, self.ranks, -1))
-        plan = plan._replace(source_R=plan.source_R[: trip.leaving])  # empty rows stay at home
-        arrive = trip.send(permute(x_TD, plan))
+        ids_TK = self._by_chunk(routing.ids_TK)
+        plan = plan_rows(ids_TK, self.num_experts)
+        counts_CPL = plan.counts_E.view(self.chunks, self.ranks, -1)
+        trips = self.exchange.prepare(ids_TK, plan.slot_TK, counts_CPL)
+        leaving = [trip.leaving for trip in trips]
+        plan = plan._replace(source_R=plan.source_R[: sum(leaving)])  # empty rows stay at home
+        rows_C = permute(x_TD, plan).split(leaving)
+        arrivals = [trip.send(x_RD) for trip, x_RD in zip(trips, rows_C, strict=True)]
 
         def finish(experts: RunExperts) -> Tensor:
-            x_QD = arrive()
-            y_QD = experts(x_QD, _regroup(trip.counts_PL, len(x_QD)), None)
-            return unpermute(trip.reply(y_QD)(), plan, routing.weights_TK)
+            if len(trips) == 1:
+                x_QD = arrivals[0]()
+                answers = [trips[0].reply(experts(x_QD, _regroup(trips[0].counts_PL, len(x_QD)), None))]
+            else:
+                answers = _stream(trips, arrivals, experts)
+            y_RD = answers[0]() if len(answers) == 1 else torch.cat([arrive() for arrive in answers])
+            return unpermute(y_RD, plan, routing.weights_TK)
 
         return finish
+
+    def _by_chunk(self, ids_TK: Tensor) -> Tensor:
+        """Experts numbered by (chunk, rank, expert in the chunk), so that a chunk's rows lie together."""
+        if self.chunks == 1:
+            return ids_TK
+        each = self.num_experts // self.ranks // self.chunks
+        rank_TK, chunk_TK = ids_TK // (each * self.chunks), ids_TK // each % self.chunks
+        return ((chunk_TK * self.ranks + rank_TK) * each + ids_TK % each).where(ids_TK >= 0, -1)
 
     def rows(self, routing: Routing) -> Tensor:
         """Rows that experts compute for this rank's tokens, padding included."""
@@ -162,6 +189,23 @@ class Coordinated:
     def rows(self, routing: Routing) -> Tensor:
         """Rows that experts compute for all these tokens."""
         return self.dispatch.rows(routing)
+
+
+def _stream(trips: list[Trip], arrivals: list[Land], experts: RunExperts) -> list[Land]:
+    """Each chunk's rows through its experts as they arrive, and the answers on their way at once. The experts are
+    called once for all chunks: what wraps them, such as FSDP, gathers their weights once."""
+    answers: list[Land] = []
+
+    def chunks() -> Iterator[tuple[Tensor, Plan]]:
+        for trip, arrive in zip(trips, arrivals, strict=True):
+            x_QD = arrive()
+            yield x_QD, _regroup(trip.counts_PL, len(x_QD))
+
+    def answer(y_QD: Tensor) -> None:
+        answers.append(trips[len(answers)].reply(y_QD))
+
+    experts(Chunks(len(trips), chunks(), answer))
+    return answers
 
 
 def _regroup(counts_PL: Tensor, rows: int) -> Plan:

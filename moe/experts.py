@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,15 @@ from ..kernels.permute import Plan
 def in_width(hidden: int, activation: str) -> int:
     """N: rows of `w_in`, gate then up for swiglu."""
     return 2 * hidden if activation == "swiglu" else hidden
+
+
+class Chunks(NamedTuple):
+    """Rows that arrive piece by piece: piece c is for the c-th of `count` equal shares of a rank's experts."""
+
+    count: int
+    pieces: Iterator[tuple[Tensor, Plan]]
+    answer: Callable[[Tensor], None]
+    """Takes a piece's answers as soon as they are there."""
 
 
 class Experts(nn.Module):
@@ -58,8 +68,14 @@ class Experts(nn.Module):
         w_in, w_out = _local(self.w_in), _local(self.w_out)
         self.packed = PackedExperts(w_in, w_out, self.activation) if can_pack(w_in) else None
 
-    def forward(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
-        """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones."""
+    def forward(
+        self, x_TD: Tensor | Chunks, plan: Plan | None = None, weights_TK: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
+        """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones. For `Chunks` the answers
+        of all pieces."""
+        if isinstance(x_TD, Chunks):
+            return self._by_pieces(x_TD)
+        assert plan is not None
         w_in, w_out = _local(self.w_in), _local(self.w_out)
         b_in, b_out = (None if b is None else _local(b) for b in (self.b_in, self.b_out))
         if self.packed is not None and not torch.is_grad_enabled():
@@ -69,6 +85,16 @@ class Experts(nn.Module):
         return expert_mlp(
             x_TD, plan, w_in, w_out, weights_TK=weights_TK, b_in_EN=b_in, b_out_ED=b_out, activation=self.activation
         )
+
+    def _by_pieces(self, chunks: Chunks) -> list[Tensor]:
+        stacked = (self.w_in, self.w_out, self.b_in, self.b_out)
+        shares = [[None] * chunks.count if p is None else _local(p).chunk(chunks.count) for p in stacked]
+        answers = []
+        for (x_QD, plan), w_in, w_out, b_in, b_out in zip(chunks.pieces, *shares, strict=True):
+            rest: dict[str, Any] = {"b_in_EN": b_in, "b_out_ED": b_out, "activation": self.activation}
+            answers.append(expert_mlp(x_QD, plan, w_in, w_out, **rest))
+            chunks.answer(answers[-1])
+        return answers
 
 
 class FeedForward(nn.Module):

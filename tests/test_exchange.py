@@ -91,12 +91,12 @@ def _all(rank: int, world: int) -> dict[str, Any]:
         assert network.grid() == Nodes(world // per_node, per_node)
         for name, case in CASES.items():
             for kind in EXCHANGES:
-                for overlap in _overlaps(name):
+                for overlap, chunks in _ways(case, world):
                     capacity = _capacity(case) if case.even else None
                     dispatch = AllToAllDispatch(
-                        group, E, capacity, exchange=make_exchange(kind, network, overlap=overlap)
+                        group, E, capacity, exchange=make_exchange(kind, network, overlap=overlap), chunks=chunks
                     )
-                    results[f"{per_node} {name} {kind} {overlap}"] = _step(name, case, group, dispatch)
+                    results[f"{per_node} {name} {kind} {overlap} {chunks}"] = _step(name, case, group, dispatch)
         choice = pick_exchange(network, cost.Batch(64, D, 2, E))
         results[f"{per_node} choice"] = [choice.name, *choice.predictions.values()]
     return results
@@ -122,8 +122,11 @@ def _group(ranks: Any) -> dist.ProcessGroup:
     return group
 
 
-def _overlaps(name: str) -> tuple[bool, ...]:
-    return (True, False) if name == "residual shared" else (True,)
+def _ways(case: Case, world: int) -> list[tuple[bool, int]]:
+    """Whether what travels overlaps, and the chunks."""
+    if case.even or case.config.top_k == 3:
+        return [(True, 1)]
+    return [(True, 1), (False, 1), (True, 2)] if case.config.residual else [(True, 1), (True, E // world)]
 
 
 def _capacity(case: Case) -> int:
@@ -148,13 +151,13 @@ def test_all_exchanges_give_the_same_bits_and_send_what_the_formulas_say(world: 
         assert min(choices[0][1:]) > 0
         for name, case in CASES.items():
             for kind in EXCHANGES:
-                for overlap in _overlaps(name):
-                    key = f"{per_node} {name} {kind} {overlap}"
+                for overlap, chunks in _ways(case, world):
+                    key = f"{per_node} {name} {kind} {overlap} {chunks}"
                     for rank, result in enumerate(ranks):
-                        expected = result[f"{per_node} {name} flat True"]["values"]
+                        expected = result[f"{per_node} {name} flat True 1"]["values"]
                         for n, value in result[key]["values"].items():
                             assert _same_bits(value, expected[n]), f"{n} of rank {rank} in {key}"
-                    if not case.even:
+                    if not case.even and chunks == 1:
                         _check_counts([r[key] for r in ranks], Nodes(world // per_node, per_node), kind, case)
 
 
