@@ -12,6 +12,7 @@ import heapq
 import os
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from types import TracebackType
 PREFIX = "coterie-"
 SUBNET = "10.77.0."
 DEVICE = "eth0"
+PR_SET_PDEATHSIG = 1
 TUNSETIFF, IFF_TUN, IFF_NO_PI, CLONE_NEWNET = 0x400454CA, 0x1, 0x1000, 0x40000000
 MTU = 9000
 
@@ -47,6 +49,7 @@ class Hosts:
 
     def __enter__(self) -> Hosts:
         sweep()
+        self._before = signal.signal(signal.SIGTERM, _leave)
         try:
             for name in self.names:
                 _run("ip", "netns", "add", name)
@@ -69,6 +72,7 @@ class Hosts:
 
     def close(self) -> None:
         """Ends the relay and removes the namespaces, with all devices in them."""
+        signal.signal(signal.SIGTERM, self._before)
         if self._relay is not None:
             self._relay.kill()
             self._relay.wait()
@@ -105,6 +109,10 @@ class Hosts:
         _run("ip", "-n", self.names[host], "link", "set", DEVICE, "up")
 
 
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)  # so that the `with` block ends as always
+
+
 def has_netem(namespace: str) -> bool:
     """Whether the kernel has the queue that delays packets."""
     words = ["tc", "-n", namespace, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
@@ -124,7 +132,8 @@ def sweep() -> None:
 
 def relay(delay: float, rate: float, namespaces: list[str]) -> None:
     """Hands packets from host to host. Each leaves its host at `rate` bytes per second, and arrives `delay` seconds
-    later. Ends when it is killed."""
+    later. Ends when it is killed, or the process that started it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     devices = [_open_device(name) for name in namespaces]
     print("ready", flush=True)
     under_way: list[tuple[float, int, int, bytes]] = []
