@@ -75,10 +75,10 @@ class AllToAllDispatch:
         self.ranks = group.size()
         if num_experts % self.ranks:
             raise ValueError(f"{num_experts} experts do not spread evenly over {self.ranks} ranks")
-        if chunks < 1 or num_experts // self.ranks % chunks or (chunks > 1 and even_capacity is not None):
-            raise ValueError(
-                f"{num_experts // self.ranks} experts of a rank, without even splits, not in {chunks} chunks"
-            )
+        if chunks < 1 or num_experts // self.ranks % chunks:
+            raise ValueError(f"the {num_experts // self.ranks} experts of a rank do not divide into {chunks} chunks")
+        if chunks > 1 and even_capacity is not None:
+            raise ValueError(f"even splits travel in one piece: give chunks={chunks} without even_capacity")
         self.exchange = Flat(Network(group)) if exchange is None else exchange
 
     @property

@@ -22,9 +22,9 @@ def in_width(hidden: int, activation: str) -> int:
 
 
 class Chunks(NamedTuple):
-    """Rows that arrive piece by piece: piece c is for the c-th of `count` equal shares of a rank's experts."""
+    """Rows that arrive piece by piece: piece c is for the c-th of `number` equal shares of a rank's experts."""
 
-    count: int
+    number: int
     pieces: Iterator[tuple[Tensor, Plan]]
     answer: Callable[[Tensor], None]
     """Takes a piece's answers as soon as they are there."""
@@ -88,7 +88,7 @@ class Experts(nn.Module):
 
     def _by_pieces(self, chunks: Chunks) -> list[Tensor]:
         stacked = (self.w_in, self.w_out, self.b_in, self.b_out)
-        shares = [[None] * chunks.count if p is None else _local(p).chunk(chunks.count) for p in stacked]
+        shares = [[None] * chunks.number if p is None else _local(p).chunk(chunks.number) for p in stacked]
         answers = []
         for (x_QD, plan), w_in, w_out, b_in, b_out in zip(chunks.pieces, *shares, strict=True):
             rest: dict[str, Any] = {"b_in_EN": b_in, "b_out_ED": b_out, "activation": self.activation}

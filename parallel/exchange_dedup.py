@@ -62,9 +62,11 @@ class Deduplicated:
         met_CGN, rows_CP = heard[..., 0], coming_CPL.sum(2)
         sizes = on_host(crossing_CN, crossed_CN, passed_CNG, met_CGN, counts_CPL.sum(2), rows_CP)
         trips, first = [], 0
-        for c, (*ways, leaving_P, coming_P) in enumerate(zip(*sizes, strict=True)):
+        for c, (crossing_N, crossed_N, passing_NG, met_GN, leaving_P, coming_P) in enumerate(
+            zip(*sizes, strict=True)
+        ):
             trip = flat_trip(self.lane, leaving_P, coming_P, coming_CPL[c])
-            at = _Sizes(*ways, int(coming_P.sum()))
+            at = _Sizes(crossing_N, crossed_N, passing_NG, met_GN, int(coming_P.sum()))
             local_TK = ids_TK - c * P * L
             trips.append(trip._replace(tokens=self._carry(local_TK, slot_TK - first, hit_CNGT[c].any(1), at, L)))
             first += trip.leaving

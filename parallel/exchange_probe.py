@@ -23,11 +23,11 @@ def measure_rates(network: Network, device: torch.device | str = "cpu", repeats:
     lanes = [network.within(traffic, False), network.across(traffic, False), network.whole(traffic, False)]
     taken = [_seconds(lane, size, at, repeats) for lane in lanes for size in (SMALL, LARGE)]
     slowest = all_reduce_max(torch.tensor(taken, dtype=torch.float64).to(at), network.group).tolist()
-    inner, outer, (whole, _) = slowest[:2], slowest[2:4], slowest[4:]
+    inner, inner_large, outer, outer_large, whole, _ = slowest
     N, G, P = *nodes, nodes.ranks
     return {
-        "intra": _rate(*inner, G - 1, _message(whole, inner[0], P - G)),
-        "inter": _rate(*outer, N - 1, _message(whole, outer[0], P - N)),
+        "intra": _rate(inner, inner_large, G - 1, _message(whole, inner, P - G)),
+        "inter": _rate(outer, outer_large, N - 1, _message(whole, outer, P - N)),
     }
 
 

@@ -1,5 +1,6 @@
 """Exchanges on gloo ranks that pretend to be nodes: all give the bits of the flat one, and send what formulas say."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,6 +9,9 @@ import torch.distributed as dist
 from helpers import assert_close_rms
 from ranks import run_ranks
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from coterie.moe.config import GateConfig, MoEConfig
 from coterie.moe.dispatch import AllToAllDispatch, Coordinated
@@ -85,7 +89,8 @@ def _step(
 def _all(rank: int, world: int) -> dict[str, Any]:
     group = dist.group.WORLD
     assert group is not None
-    results: dict[str, Any] = {"coordinated": _coordinated(rank, world)}
+    results: dict[str, Any] = {"coordinated": _coordinated(rank, world), "refusals": _refusals(group)}
+    results["sharded"] = _sharded(rank, world)
     for per_node in NODES[world]:
         network = Network(group, per_node)
         assert network.grid() == Nodes(world // per_node, per_node)
@@ -114,6 +119,44 @@ def _coordinated(rank: int, world: int) -> list[dict[str, Tensor]]:
             replicas = Replicas(pair, dispatch.traffic, world // 2)
             results.append(_step(name, case, place, dispatch, replicas if coordinated else None))
     return results
+
+
+def _sharded(rank: int, world: int) -> list[dict[str, Tensor]]:
+    """Experts on pairs of ranks, sharded by FSDP over the pairs: in one piece, and in chunks."""
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("edp", "ep"))
+    group, case = mesh["ep"].get_group(), CASES["residual shared"]
+    results = []
+    for chunks in (1, 4):
+        moe = _layer("", case, group, AllToAllDispatch(group, E, chunks=chunks))
+        sharded = fully_shard(moe.experts, mesh=mesh["edp"], reshard_after_forward=True)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+        generator = torch.Generator().manual_seed(rank)
+        x_BSD = torch.randn((1, 5 + rank, D), generator=generator).requires_grad_()
+        for _ in range(2):  # gradients of two passes add up
+            moe(x_BSD).y.square().sum().backward()
+        values = {n: p.grad for n, p in moe.named_parameters() if p.grad is not None} | {"x": x_BSD.grad}
+        results.append({n: v.to_local() if isinstance(v, DTensor) else v for n, v in values.items()})
+    return results
+
+
+def _refusals(group: dist.ProcessGroup) -> list[str]:
+    world = group.size()
+    attempts: list[Callable[[], Any]] = [
+        lambda: make_exchange("fast", Network(group)),
+        lambda: make_exchange("hierarchical", Network(group, world - 1)),
+        lambda: AllToAllDispatch(group, E, chunks=3),
+        lambda: AllToAllDispatch(group, E, 4, chunks=2),
+        lambda: Coordinated(AllToAllDispatch(group, E, 4), Replicas(group)),
+    ]
+    said = []
+    for attempt in attempts:
+        try:
+            attempt()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def _group(ranks: Any) -> dist.ProcessGroup:
@@ -145,6 +188,10 @@ def _same_bits(mine: Tensor | None, theirs: Tensor | None) -> bool:
 def test_all_exchanges_give_the_same_bits_and_send_what_the_formulas_say(world: int) -> None:
     ranks = run_ranks(_all, world)
     _check_coordinated([r["coordinated"] for r in ranks])
+    _check_refusals(ranks[0]["refusals"], world)
+    for whole, cut in (r["sharded"] for r in ranks):
+        assert whole.keys() == cut.keys()
+        assert all(_same_bits(cut[n], whole[n]) and whole[n].abs().sum() > 0 for n in whole)
     for per_node in NODES[world]:
         choices = [r[f"{per_node} choice"] for r in ranks]
         assert choices == choices[:1] * world, "all ranks pick the same"
@@ -183,3 +230,15 @@ def _check_coordinated(ranks: list[list[dict[str, Any]]]) -> None:
                 else:
                     assert_close_rms(one["values"][name] + other["values"][name], expected, 1e-6, name)
             assert sum(s[1] for s in one["traffic"][0].values()) > 0
+
+
+def _check_refusals(said: list[str], world: int) -> None:
+    expected = [
+        "exchange 'fast' is not one of flat, hierarchical, deduplicated",
+        f"do not fill nodes of {world - 1} ranks evenly: use the flat exchange",
+        f"the {E // world} experts of a rank do not divide into 3 chunks",
+        "even splits travel in one piece: give chunks=2 without even_capacity",
+        "coordinate a dispatch without even_capacity",
+    ]
+    for one, text in zip(said, expected, strict=True):
+        assert text in one
