@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from ..moe.dispatch import AllToAllDispatch
+from ..moe.exchanging import Dispatchers, Exchanging
 from ..moe.experts import Experts
 from ..parallel.collectives import all_reduce_sum
 from ..parallel.mesh import Mesh
@@ -33,6 +33,7 @@ def parallelize(
     reshard: bool = True,
     compile: bool = False,
     even_splits: bool = False,
+    exchanging: Exchanging | None = None,
 ) -> GPT:
     """Lays a model over the ranks of a mesh, in place, and returns it.
 
@@ -48,16 +49,20 @@ def parallelize(
         reshard: free gathered weights after each block's forward pass.
         compile: compile the dense parts of each block; where no compiler exists this says so and goes on.
         even_splits: with a capacity, send that many rows to every expert, so that no size is read on the host.
+        exchanging: how rows travel to experts on other ranks. None: as its defaults say.
 
     Raises:
-        ValueError: an expert-parallel degree that does not fit the ranks or a layer's experts.
+        ValueError: an expert-parallel degree that does not fit the ranks or a layer's experts, or an exchange that
+            fits neither.
     """
     if dtype == torch.float32:
         dtype = None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
+    compute = dtype or next(model.parameters()).dtype
+    dispatchers = Dispatchers(exchanging or Exchanging(), mesh.device_type, compute.itemsize)
     for block in blocks:
-        _spread_experts(block, mesh, even_splits)
+        _spread_experts(block, mesh, even_splits, dispatchers)
     if compile and _can_compile(mesh.device_type):
         for block in blocks:
             _compile(block)
@@ -68,7 +73,7 @@ def parallelize(
     return model
 
 
-def _spread_experts(block: Block, mesh: Mesh, even_splits: bool) -> None:
+def _spread_experts(block: Block, mesh: Mesh, even_splits: bool, dispatchers: Dispatchers) -> None:
     """Cuts the layer's experts over its expert-parallel ranks and puts the all-to-all between them."""
     moe = block.moe
     if moe is None:
@@ -82,7 +87,7 @@ def _spread_experts(block: Block, mesh: Mesh, even_splits: bool) -> None:
         cut = DTensor.from_local(mine, ep, [Shard(0)], run_check=False)
         setattr(moe.experts, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
     capacity = moe.gate.capacity if even_splits else None
-    moe.dispatch = AllToAllDispatch(ep.get_group(), moe.num_experts, capacity)
+    moe.dispatch = dispatchers.make(ep.get_group(), moe.gate, capacity)
 
 
 def _sum_over(counts_E: Tensor, group: DeviceMesh) -> Tensor:

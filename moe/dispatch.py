@@ -15,7 +15,7 @@ from ..kernels.permute import Plan, permute, plan_rows, plan_slots, unpermute
 from ..parallel.all_to_all import Land, Network
 from ..parallel.exchange import Exchange, Flat, Trip
 from ..parallel.exchange_replicas import Replicas
-from ..parallel.traffic import Clock, Traffic
+from ..parallel.traffic import Traffic
 from .experts import Chunks
 from .gate import Routing
 
@@ -83,13 +83,8 @@ class AllToAllDispatch:
 
     @property
     def traffic(self) -> Traffic:
-        """What this layer's exchanges sent."""
+        """What this layer's exchanges sent, and how long they held up the computation."""
         return self.exchange.traffic
-
-    @property
-    def clock(self) -> Clock:
-        """The seconds in which they held up the computation."""
-        return self.traffic.clock
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
         return self.start(x_TD, routing)(experts)
@@ -170,9 +165,9 @@ class Coordinated:
         self.dispatch, self.replicas = dispatch, replicas
 
     @property
-    def clock(self) -> Clock:
-        """The seconds in which exchanges held up the computation."""
-        return self.dispatch.clock
+    def traffic(self) -> Traffic:
+        """What the exchanges of its dispatch sent."""
+        return self.dispatch.traffic
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
         return self.start(x_TD, routing)(experts)

@@ -8,7 +8,6 @@ from functools import cached_property
 import torch.distributed as dist
 from torch import Tensor
 
-from .traffic import Clock as Clock
 from .traffic import Nodes, Traffic, find_nodes, launched_per_node, link
 
 Land = Callable[[], Tensor]

@@ -116,7 +116,10 @@ def _traffic(rank: int, world: int) -> dict[str, list[int]]:
             forward = len(calls)
             y_BSD.sum().backward()
             counted[name] = [forward, len(calls) - forward]
-            counted[f"{name} seconds"] = [moe.dispatch.clock.read() > 0, moe.dispatch.clock.read() == 0]
+            counted[f"{name} seconds"] = [
+                moe.dispatch.traffic.clock.read() > 0,
+                moe.dispatch.traffic.clock.read() == 0,
+            ]
     finally:
         dist.all_to_all_single = real  # type: ignore[assignment]
     return counted

@@ -83,7 +83,7 @@ def _step(
     (out.y * dy_BSD).sum().backward()
     values = {n: p.grad for n, p in moe.named_parameters()} | {"y": out.y.detach(), "x": x_BSD.grad}
     traffic = [{k: list(s) for k, s in sent.items()} for sent in (forward, dispatch.traffic.read())]
-    return {"values": values, "ids": out.routing.ids_TK, "traffic": traffic, "seconds": dispatch.clock.read()}
+    return {"values": values, "ids": out.routing.ids_TK, "traffic": traffic, "seconds": dispatch.traffic.clock.read()}
 
 
 def _all(rank: int, world: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal, cast, get_type_hints
 
 from ..models.config import ModelConfig
+from ..moe.exchanging import Exchanging
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ class ParallelConfig:
     ep: int = 1
     """Expert-parallel degree: a layer's experts are spread over min(ep, its experts) ranks."""
     tp: int = 1
+    exchange: Literal["auto", "flat", "hierarchical", "deduplicated"] = "auto"
+    """How rows travel to experts on other ranks; auto: flat on one node, else what is fastest on the links, which are
+    measured at the start."""
+    chunks: int = 1
+    """Parts in which they travel, so that experts compute meanwhile; at most a rank's experts, which they divide."""
+    ranks_per_node: int = 0
+    """Consecutive ranks of one machine; 0: what the launcher says."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrices compute in; master weights, optimizer and the router stay in fp32."""
     reshard: bool = True
@@ -189,16 +197,27 @@ def check(config: TrainConfig, world: int) -> None:
                 f"a layer's {count} experts do not spread over {degree} of {world} ranks: "
                 f"choose parallel.ep among {fitting}"
             )
+    for count in experts:
+        if min(parallel.ep, count) > 1:
+            exchanging(config).chunks_for(count // min(parallel.ep, count))
+
+
+def exchanging(config: TrainConfig, tokens: int = 0) -> Exchanging:
+    """How rows travel, with `tokens` of a rank in a forward pass."""
+    parallel = config.parallel
+    return Exchanging(parallel.exchange, parallel.chunks, parallel.ranks_per_node, tokens)
 
 
 def _check_counts(config: TrainConfig) -> None:
     for name in ("seq_len", "batch_size", "max_bad_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}: give 1 or more")
+    if config.parallel.chunks < 1:
+        raise ValueError(f"parallel.chunks is {config.parallel.chunks}: give 1 or more")
     for part, names in (
         ("", ("tokens", "steps", "eval_every", "eval_batches")),
         ("optim", ("warmup_tokens", "decay_tokens", "cooldown_tokens", "eps", "weight_decay", "clip")),
-        ("parallel", ("threads",)),
+        ("parallel", ("threads", "ranks_per_node")),
         ("checkpoint", ("every",)),
     ):
         for name in names:
