@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from ..moe.exchanging import Dispatchers, Exchanging
 from ..moe.layer import MoE
 from ..parallel.mesh import Mesh
 from .fit import check_fit
@@ -29,6 +30,7 @@ def parallelize(
     reshard: bool = True,
     compile: bool = False,
     even_splits: bool = False,
+    exchanging: Exchanging | None = None,
 ) -> GPT:
     """Lays a model over the ranks of a mesh, in place, and returns it.
 
@@ -46,19 +48,22 @@ def parallelize(
         reshard: free gathered weights after each block's forward pass.
         compile: compile the dense parts of each block; where no compiler exists this says so and goes on.
         even_splits: with a capacity, send that many rows to every expert, so that no size is read on the host.
+        exchanging: how rows travel to experts on other ranks. None: as its defaults say.
 
     Raises:
-        ValueError: a degree does not fit the model's sizes.
+        ValueError: a degree or an exchange does not fit the model's sizes or the ranks.
     """
     if dtype == torch.float32:
         dtype = None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
     check_fit(model.config, mesh.layout)
+    compute = dtype or next(model.parameters()).dtype
+    dispatchers = Dispatchers(exchanging or Exchanging(), mesh.device_type, compute.itemsize)
     spread_tensors(model, mesh)
     for block in blocks:
         if block.moe is not None:
-            spread_experts(block.moe, mesh, even_splits)
+            spread_experts(block.moe, mesh, dispatchers, even_splits)
     if compile and _can_compile(mesh.device_type):
         for block in blocks:
             _compile(block)

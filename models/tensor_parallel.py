@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..moe.dispatch import AllToAllDispatch
+from ..moe.exchanging import Dispatchers
 from ..moe.experts import FeedForward, identity
 from ..moe.layer import MoE
 from ..moe.slices import Slices
@@ -76,7 +76,7 @@ def keep_out_of_graphs(block: Block) -> None:
                 setattr(owner, name, torch.compiler.disable(hook))
 
 
-def spread_experts(moe: MoE, mesh: Mesh, even_splits: bool) -> None:
+def spread_experts(moe: MoE, mesh: Mesh, dispatchers: Dispatchers, even_splits: bool) -> None:
     """Cuts a layer's experts over its ranks and puts the exchanges around them."""
     moe.gate.reduce_counts = all_reduce_sum
     degrees, experts = mesh.layout.experts(moe.num_experts), moe.experts
@@ -92,7 +92,7 @@ def spread_experts(moe: MoE, mesh: Mesh, even_splits: bool) -> None:
         experts.once = functools.partial(once, group=meshes.etp.get_group())
     if degrees.ep > 1:
         capacity = moe.gate.capacity if even_splits else None
-        moe.dispatch = AllToAllDispatch(meshes.ep.get_group(), moe.num_experts, capacity)
+        moe.dispatch = dispatchers.make(meshes.ep.get_group(), moe.gate, capacity)
 
 
 def _cut(owner: nn.Module, name: str, mesh: DeviceMesh, *dims: int | None) -> None:

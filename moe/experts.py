@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,15 @@ def projections(activation: str) -> int:
 def identity(x: Tensor) -> Tensor:
     """What a hook is on one device."""
     return x
+
+
+class Chunks(NamedTuple):
+    """Rows that arrive piece by piece: piece c is for the c-th of `number` equal shares of a rank's experts."""
+
+    number: int
+    pieces: Iterator[tuple[Tensor, Plan]]
+    answer: Callable[[Tensor], None]
+    """Takes a piece's answers as soon as they are there."""
 
 
 class Experts(nn.Module):
@@ -78,20 +88,49 @@ class Experts(nn.Module):
         super().train(mode)
         return self
 
-    def forward(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
-        """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones."""
-        if self.slices is not None:
-            return self.slices(self._compute, x_TD, plan, weights_TK)
-        return self._compute(x_TD, plan, weights_TK)
+    def forward(
+        self, x_TD: Tensor | Chunks, plan: Plan | None = None, weights_TK: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
+        """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones. For `Chunks` the answers
+        of all pieces."""
+        own = self._own()
+        if isinstance(x_TD, Chunks):
+            return self._by_pieces(x_TD, own)
+        assert plan is not None
+        return self._sliced(own, self._pack_of(own), x_TD, plan, weights_TK)
 
-    def _compute(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None) -> Tensor:
-        w_in, w_out = local_part(self.w_in).flatten(1, 2), local_part(self.w_out)
+    def _own(self) -> list[Tensor | None]:
+        """w_in (E, N, D), w_out, b_in (E, N), b_out of this rank."""
         b_in = None if self.b_in is None else local_part(self.b_in).flatten(1)
         b_out = None if self.b_out is None else self.once(local_part(self.b_out))
-        if self.packed is not None and not torch.is_grad_enabled() and can_pack(w_in):
-            if self.packed.fresh(w_in, w_out):
-                return self.packed(x_TD, plan, weights_TK, b_in, b_out)
+        return [local_part(self.w_in).flatten(1, 2), local_part(self.w_out), b_in, b_out]
+
+    def _pack_of(self, own: Sequence[Any]) -> PackedExperts | None:
+        """The pack, where it may be used and still holds these weights."""
+        if self.packed is None or torch.is_grad_enabled() or not can_pack(own[0]):
+            return None
+        if not self.packed.fresh(own[0], own[1]):
             self.packed = None
+        return self.packed
+
+    def _by_pieces(self, chunks: Chunks, own: Sequence[Tensor | None]) -> list[Tensor]:
+        shares = [[None] * chunks.number if part is None else part.chunk(chunks.number) for part in own]
+        answers = []
+        for (x_QD, plan), *some in zip(chunks.pieces, *shares, strict=True):
+            answers.append(self._sliced(some, None, x_QD, plan, None))
+            chunks.answer(answers[-1])
+        return answers
+
+    def _sliced(self, own: Sequence[Any], packed: PackedExperts | None, *rows: Any) -> Tensor:
+        compute = partial(self._compute, own, packed)
+        return compute(*rows) if self.slices is None else self.slices(compute, *rows)
+
+    def _compute(
+        self, own: Sequence[Any], packed: PackedExperts | None, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None
+    ) -> Tensor:
+        w_in, w_out, b_in, b_out = own
+        if packed is not None:
+            return packed(x_TD, plan, weights_TK, b_in, b_out)
         return expert_mlp(
             x_TD, plan, w_in, w_out, weights_TK=weights_TK, b_in_EN=b_in, b_out_ED=b_out, activation=self.activation
         )

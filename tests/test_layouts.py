@@ -14,6 +14,7 @@ from ranks import Pool
 
 from coterie.models.gpt import GPT, Recompute
 from coterie.models.parallelize import parallelize
+from coterie.moe.exchanging import Exchanging
 from coterie.parallel.mesh import build_mesh
 from coterie.train.optim import local_square_sum
 
@@ -31,11 +32,15 @@ class Case(NamedTuple):
     recompute: Recompute = "none"
     reshard: bool = True
     compile: bool = False
+    exchange: str = "flat"
+    per_node: int = 0
+    chunks: int = 1
 
     def __str__(self) -> str:
         degrees = "-".join(f"{name}{value}" for name, value in self.degrees.items()) or "dp"
         more = f"-{self.recompute}" * (self.recompute != "none") + "-keep" * (not self.reshard)
-        return f"{self.world}-{degrees}-{self.config}{more}{'-compile' * self.compile}"
+        travel = f"-{self.exchange}" * (self.exchange != "flat") + f"-chunks{self.chunks}" * (self.chunks > 1)
+        return f"{self.world}-{degrees}-{self.config}{more}{'-compile' * self.compile}{travel}"
 
 
 GRID = [
@@ -70,6 +75,13 @@ GRID = [
     Case(4, {"dp_replicate": 2, "ep": 4}, "capacity", recompute="full"),
     Case(4, {"tp": 2, "ep": 2}, "capacity"),
     Case(8, {"tp": 2, "ep": 4, "etp": 2}, "capacity", recompute="selective"),
+    Case(4, {"ep": 4}, exchange="hierarchical", per_node=2),
+    Case(4, {"tp": 2, "ep": 4}, exchange="deduplicated", per_node=2, recompute="full"),
+    Case(8, {"dp_replicate": 2, "ep": 8}, exchange="deduplicated", per_node=4),
+    Case(8, {"tp": 2, "ep": 4, "etp": 2}, "gpt2", exchange="hierarchical", per_node=4),
+    Case(2, {"ep": 2}, chunks=2),
+    Case(4, {"tp": 2, "ep": 2, "etp": 2}, "gpt2", chunks=2, recompute="full"),
+    Case(4, {"ep": 2}, "capacity", exchange="deduplicated", per_node=1, chunks=2),
     Case(2, {"ep": 2}, compile=True),
     Case(2, {"tp": 2, "etp": 2}, "gpt2", recompute="full", compile=True),
 ]
@@ -100,7 +112,8 @@ def on_ranks(rank: int, world: int, case: tuple) -> Any:
     case = Case(*case)
     mesh = build_mesh("cpu", **case.degrees)
     model = GPT(CONFIGS[case.config], device="meta")
-    model = parallelize(model, mesh, reshard=case.reshard, compile=case.compile)
+    travel = Exchanging(case.exchange, case.chunks, case.per_node)
+    model = parallelize(model, mesh, reshard=case.reshard, compile=case.compile, exchanging=travel)
     model.init_weights(3)
     model.recompute = case.recompute
     rows = share_of(rank, mesh.layout.data_ranks, mesh.layout.tp)

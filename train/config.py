@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_type_hints
 
 from ..models.config import ModelConfig
 from ..models.fit import check_fit
+from ..moe.exchanging import Exchanging
 from ..parallel.layout import Layout, divisors, fill, near
 
 
@@ -71,6 +72,13 @@ class ParallelConfig:
     """Expert-parallel degree: a layer's experts are spread over min(ep, its experts) ranks."""
     etp: int = 1
     """Neighbouring ranks that hold slices of the same experts."""
+    exchange: Literal["auto", "flat", "hierarchical", "deduplicated"] = "auto"
+    """How rows travel to experts on other ranks; auto: flat on one node, else what is fastest on the links, which are
+    measured at the start."""
+    chunks: int = 1
+    """Parts in which they travel, so that experts compute meanwhile; at most a rank's experts, which they divide."""
+    ranks_per_node: int = 0
+    """Consecutive ranks of one machine; 0: what the launcher says."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrices compute in; master weights, optimizer and the router stay in fp32."""
     reshard: bool = True
@@ -184,6 +192,10 @@ def check(config: TrainConfig, world: int) -> None:
     check_fit(config.model, chosen)
     _check_sizes(config, chosen)
     _check_optim(config.optim)
+    for count in {e for e in config.model.experts if e}:
+        degree = chosen.experts(count).ep
+        if degree > 1:
+            exchanging(config).chunks_for(count // degree)
 
 
 def layout(config: TrainConfig, world: int) -> Layout:
@@ -196,14 +208,22 @@ def layout(config: TrainConfig, world: int) -> Layout:
     return fill(world, dp_replicate=parallel.dp_replicate, tp=parallel.tp, ep=parallel.ep, etp=parallel.etp)
 
 
+def exchanging(config: TrainConfig, tokens: int = 0) -> Exchanging:
+    """How rows travel, with `tokens` of a rank in a forward pass."""
+    parallel = config.parallel
+    return Exchanging(parallel.exchange, parallel.chunks, parallel.ranks_per_node, tokens)
+
+
 def _check_counts(config: TrainConfig) -> None:
     for name in ("seq_len", "batch_size", "max_bad_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}: give 1 or more")
+    if config.parallel.chunks < 1:
+        raise ValueError(f"parallel.chunks is {config.parallel.chunks}: give 1 or more")
     for part, names in (
         ("", ("tokens", "steps", "eval_every", "eval_batches")),
         ("optim", ("warmup_tokens", "decay_tokens", "cooldown_tokens", "eps", "weight_decay", "clip")),
-        ("parallel", ("threads",)),
+        ("parallel", ("threads", "ranks_per_node")),
         ("checkpoint", ("every",)),
     ):
         for name in names:

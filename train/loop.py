@@ -20,7 +20,7 @@ from ..moe.metrics import add, pack, unpack
 from ..parallel.collectives import all_reduce_sum
 from ..parallel.launch import Ranks
 from .checkpoint import Checkpointer, random_state, set_random_state, training_state
-from .clock import Clock, dispatch_clocks, peak_flops
+from .clock import Clock, dispatch_traffic, peak_flops
 from .config import TrainConfig, to_dict
 from .faults import StopRequest, first_bad_layer
 from .manifest import CheckpointError, Progress
@@ -82,7 +82,7 @@ class Trainer:
         self.flops_per_token = flops_per_token
         self.optimizer = build_optimizer(model, config.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.clock = Clock(ranks.device, dispatch_clocks(model))
+        self.clock = Clock(ranks.device, dispatch_traffic(model))
         self.checkpoints = Checkpointer(
             Path(config.run_dir) / "checkpoints",
             to_dict(config)["model"],
@@ -153,7 +153,7 @@ class Trainer:
             "mfu": self.flops_per_token * pace / peak,
             **router_row(totals.stats),
             "layers": [i for i, experts in enumerate(self.config.model.experts) if experts],
-            "time": self.clock.read(),
+            **self.clock.row(),
             "skipped": self.progress.skipped,
             "bad": not totals.finite,
         }

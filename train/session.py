@@ -19,7 +19,7 @@ from ..models.tokenizer import Tokenizer
 from ..models.weights import save_model
 from ..parallel.launch import Ranks, init_ranks
 from ..parallel.mesh import build_mesh
-from .config import TrainConfig, layout, to_dict
+from .config import TrainConfig, exchanging, layout, to_dict
 from .data import Batch, batches, build_datasets
 from .environment import describe_environment
 from .loop import Summary, Trainer
@@ -55,6 +55,7 @@ def _run(config: TrainConfig, ranks: Ranks) -> Summary:
         dtype=getattr(torch, config.parallel.dtype),
         reshard=config.parallel.reshard,
         compile=config.parallel.compile,
+        exchanging=exchanging(config, data.micro * config.seq_len // degrees.tp),
     )
     model.init_weights(config.seed)
     model.recompute = config.parallel.recompute
