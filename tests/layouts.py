@@ -69,14 +69,15 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return text_BS[:, :-1], text_BS[:, 1:].masked_fill(~valid_BS, -100), valid_BS
 
 
-def losses(model: GPT, rows: slice) -> tuple[Tensor, Tensor]:
+def losses(model: GPT, rows: slice, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """This rank's part of the globally normalised loss, and of its terms: lm, aux, z."""
-    tokens_BS, targets_BS, valid_BS = batch()
+    tokens_BS, targets_BS, valid_BS = (part.to(device) for part in batch())
     out = model(tokens_BS[rows], targets_BS=targets_BS[rows], valid_BS=valid_BS[rows])
     gate = model.config.moe.gate
     parts = torch.stack([out.lm, out.aux, out.z])
     counts = torch.stack([(targets_BS != -100).sum(), valid_BS.sum(), valid_BS.sum()])
-    return (parts / counts * torch.tensor([1.0, gate.aux_weight, gate.z_weight])).sum(), parts.detach()
+    weights = torch.tensor([1.0, gate.aux_weight, gate.z_weight], device=device)
+    return (parts / counts * weights).sum(), parts.detach()
 
 
 def whole(tensor: Tensor) -> Tensor:
