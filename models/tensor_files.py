@@ -180,8 +180,13 @@ class Drafts:
                 raise self._trouble
             self._replace(files)
         finally:
-            if self._hidden is not None:
-                shutil.rmtree(self._hidden, ignore_errors=True)
+            self.discard()
+
+    def discard(self) -> None:
+        """Takes the drafts away; the directory stays as it was."""
+        self._close()
+        if self._hidden is not None:
+            shutil.rmtree(self._hidden, ignore_errors=True)
 
     def _replace(self, files: list[str]) -> None:
         hidden, folder = self._hidden, self._folder

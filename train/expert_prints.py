@@ -87,6 +87,11 @@ def _scatter(places: Tensor) -> Tensor:
     return (x ^ ((x >> 31) & (2**33 - 1))) | 1
 
 
+def as_text(sums: Iterable[int]) -> list[str]:
+    """Prints as a manifest holds them."""
+    return [f"{s % 2**64:016x}" for s in sums]
+
+
 def join(parts: Iterable[Part], shapes: Mapping[str, Sequence[int]]) -> Prints:
     """Prints of whole experts from the parts of all ranks.
 
@@ -108,7 +113,7 @@ def join(parts: Iterable[Part], shapes: Mapping[str, Sequence[int]]) -> Prints:
             held = sum(math.prod(end - start for start, end in box) for box in boxes)
             if held != whole:
                 raise ValueError(f"the ranks hold {held} of the {whole} elements of expert {expert} of {name}")
-        prints[name] = [f"{sum(boxes.values()) % 2**64:016x}" for boxes in experts]
+        prints[name] = as_text(sum(boxes.values()) for boxes in experts)
     return prints
 
 
