@@ -226,22 +226,24 @@ main(["export", *sys.argv[1:]])
     assert not list((tmp_path / "new").iterdir())
 
 
-# Reports the growth of this process's greatest memory over an export, in bytes; mapped files count.
+# Reports by how much an export's greatest memory passes that before it, in bytes; mapped files count, and some 30 MB of
+# modules. (ru_maxrss would begin with that of the process which started this one.)
 GROWTH = """
-import resource, sys
-from coterie.train.export import export
+import re, sys
 from coterie.models.tokenizer import Tokenizer
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+from coterie.train.export import export
+def memory(what):
+    return 1024 * int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+before = memory("VmRSS")
 export(sys.argv[1], sys.argv[2], dtype=sys.argv[3])
-print(peak() - before)
+print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
 def test_memory_is_that_of_one_tensor(dtype: str, tmp_path: Path) -> None:
-    """A model of 281 MB whose largest tensor has 50 MB is exported in less than 50 + 64 MB."""
+    """A model of 281 MB whose largest tensor has 50 MB is exported in 50 MB and a constant."""
     model = small_model()
     model = replace(model, layers=4, dim=512, heads=8, hidden=512, experts=(4, 16, 16, 16))
     config = small_config(tmp_path / "run", replace(model, moe=replace(model.moe, hidden=768)))
@@ -255,7 +257,7 @@ def test_memory_is_that_of_one_tensor(dtype: str, tmp_path: Path) -> None:
     words = [sys.executable, "-c", GROWTH, config.run_dir, str(tmp_path / "out"), dtype]
     done = subprocess.run(words, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < max(sizes) + 64e6
+    assert 0 < int(done.stdout) < max(sizes) + 96e6
     loaded = load_model(tmp_path / "out")
     kind = torch.float32 if dtype == "keep" else torch.bfloat16
     name = "blocks.3.moe.experts.w_out"

@@ -20,7 +20,7 @@ from .manifest import CheckpointError
 
 Prints = dict[str, list[str]]
 """Of each stack of experts, expert by expert."""
-_AT_ONCE = 2**20  # elements; their places and products are int64
+_AT_ONCE = 2**17  # elements; their places and products are int64
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -23,7 +23,7 @@ from .manifest import MANIFEST, CheckpointError, list_checkpoints, read_manifest
 from .stored import StoredState
 
 log = logging.getLogger("coterie")
-PIECE = 2**24
+PIECE = 2**22
 """Bytes that are read at a time, or one row of a tensor's first axis if that is more."""
 _UNITS = {"": 1, **{f"{u}{i}": (1024 if i else 1000) ** p for p, u in enumerate("kmgt", 1) for i in ("", "i")}}
 
