@@ -226,8 +226,8 @@ main(["export", *sys.argv[1:]])
     assert not list((tmp_path / "new").iterdir())
 
 
-# Reports by how much an export's greatest memory passes that before it, in bytes; mapped files count, and some 30 MB of
-# modules. (ru_maxrss would begin with that of the process which started this one.)
+# Reports by how much an export's greatest memory passes that before it, in bytes; mapped files count, and some 30 MB
+# of modules. (ru_maxrss would begin with that of the process which started this one.)
 GROWTH = """
 import re, sys
 from coterie.models.tokenizer import Tokenizer
