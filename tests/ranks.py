@@ -1,38 +1,21 @@
 """Runs functions on several gloo ranks of this machine."""
 
 import os
-import socket
 import tempfile
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from coterie.benchmarks.pool import Pool, free_port, open_rank
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _open(rank: int, world: int, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+__all__ = ["Pool", "run_ranks"]
 
 
 def _worker(rank: int, fn: Callable[..., Any], world: int, port: int, folder: str, args: tuple) -> None:
-    _open(rank, world, port)
+    open_rank(rank, world, port)
     try:
         result = fn(rank, world, *args)
         torch.save(result, os.path.join(folder, f"{rank}.pt"))
@@ -45,64 +28,5 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Calls `fn(rank, world, *args)` on `world` spawned gloo ranks; returns what each gave (tensors, numbers,
     strings and containers of them). `fn` must live at the top of its test file."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, args=(fn, world, _free_port(), folder, args), nprocs=world, join=True)
+        mp.spawn(_worker, args=(fn, world, free_port(), folder, args), nprocs=world, join=True)
         return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=True) for rank in range(world)]
-
-
-def _serve(rank: int, world: int, port: int, folder: str, calls: Connection) -> None:
-    _open(rank, world, port)
-    call: Any
-    while (call := calls.recv()) is not None:
-        fn, args = call
-        try:
-            torch.save(fn(rank, world, *args), os.path.join(folder, f"{rank}.pt"))
-            calls.send(None)
-        except Exception:
-            calls.send(traceback.format_exc())
-    dist.destroy_process_group()
-
-
-class Pool:
-    """Gloo ranks that stay: starting them costs more than most calls. After a failure they are started anew."""
-
-    def __init__(self, world: int) -> None:
-        self.world = world
-        self._folder = tempfile.TemporaryDirectory()
-        self._ranks: list[tuple[Any, Connection]] = []
-
-    def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        """`run_ranks` on these ranks."""
-        if not self._ranks:
-            self._start()
-        for _, calls in self._ranks:
-            calls.send((fn, args))
-        waiting, problems = {calls: rank for rank, (_, calls) in enumerate(self._ranks)}, []
-        while waiting and not problems:
-            for calls in wait(list(waiting)):
-                problem = calls.recv()  # type: ignore[union-attr]
-                rank = waiting.pop(calls)  # type: ignore[arg-type]
-                problems += [] if problem is None else [f"rank {rank}: {problem}"]
-        if problems:
-            self.close()  # the other ranks may wait for this one
-            raise AssertionError("\n".join(problems))
-        names = [os.path.join(self._folder.name, f"{rank}.pt") for rank in range(self.world)]
-        return [torch.load(name, weights_only=True) for name in names]
-
-    def _start(self) -> None:
-        context, port = mp.get_context("forkserver"), _free_port()
-        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor"])  # once for all ranks
-        for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self.world, port, self._folder.name, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
-
-    def close(self) -> None:
-        """Ends the ranks."""
-        for process, _ in self._ranks:
-            process.kill()
-            process.join()
-        self._ranks = []

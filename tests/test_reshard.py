@@ -44,12 +44,17 @@ class Layout(NamedTuple):
 LAYOUTS = [
     Layout(1, {}),  # one rank, nothing sharded
     Layout(2, {}),
-    Layout(2, {"ep": 2}),
+    Layout(2, {"tp": 2}),
+    Layout(2, {"etp": 2}),
+    Layout(2, {"dp_replicate": 2}),
     Layout(2, {"ep": 2, "reshard": False, "sync_every_micro": True}),
     Layout(4, {}),  # a layer of 2 experts leaves two ranks without any
-    Layout(4, {"ep": 2, "recompute": True}),
     Layout(4, {"ep": 4}),
-    Layout(4, {"reshard": False, "sync_every_micro": True}),
+    Layout(4, {"ep": 2, "recompute": True}),
+    Layout(4, {"tp": 2, "ep": 4}),
+    Layout(4, {"tp": 2, "ep": 2, "etp": 2}),
+    Layout(4, {"dp_replicate": 2, "ep": 2}),
+    Layout(4, {"dp_replicate": 2, "tp": 2, "reshard": False}),
 ]
 # A pyramid with residual experts, grouped queries and a tied head.
 PYRAMID = ModelConfig(
@@ -96,7 +101,8 @@ MODELS = {"pyramid": PYRAMID, "biased": BIASED}
 
 
 def fits(name: str, layout: Layout) -> bool:
-    return MODELS[name].moe.hidden % layout.settings.get("etp", 1) == 0
+    """An odd width has no slices, and a capacity counts the tokens of one rank: under tp, of half a sequence."""
+    return name != "biased" or not {"tp", "etp"} & layout.settings.keys()
 
 
 def _trainer(rank: int, layout: Layout, folder: Path, model: ModelConfig, seed: int) -> Trainer:
