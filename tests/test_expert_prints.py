@@ -114,7 +114,7 @@ def _drop_last(tensors: dict[str, Tensor], places: dict[str, Any]) -> None:
 
 def _drop_first(tensors: dict[str, Tensor], places: dict[str, Any]) -> None:
     tensors[STACK] = tensors[STACK][1:]
-    places[STACK]["saved_offsets"] = [1, 0, 0]
+    places[STACK]["saved_offsets"] = [1, 0, 0, 0]
 
 
 def _repeat(tensors: dict[str, Tensor], places: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ def _repeat(tensors: dict[str, Tensor], places: dict[str, Any]) -> None:
     [
         (_swap, r"blocks\.2\.moe\.experts\.w_in\[1\] holds expert 3"),
         (_repeat, r"blocks\.2\.moe\.experts\.w_in\[2\] holds expert 0"),
-        (_drop_last, r"w_in is \(3, 40, 24\) there and \(4, 40, 24\) here"),
+        (_drop_last, r"w_in is \(3, 2, 20, 24\) there and \(4, 2, 20, 24\) here"),
         (_drop_first, r"lacks a part of model\.blocks\.2\.moe\.experts\.w_in: 2880 elements instead of 3840"),
     ],
 )
@@ -157,14 +157,14 @@ def _misread(rank: int, world: int, folder: str, skip: bool) -> list[str]:
     path = Path(folder) / "step_00000001"
     checkpoints.load(path, state, {})
     everyone = checkpoints._agree(local_parts({STACK: state[STACK]}))
-    prints = join([part for parts in everyone for part in parts], {STACK: (4, 40, 24)})
+    prints = join([part for parts in everyone for part in parts], {STACK: (4, 2, 20, 24)})
     real = HuggingFaceStorageReader._process_read_request
 
     def wrong(self: Any, file: Any, request: Any, planner: Any) -> None:
         if rank == 1 and request.storage_index.fqn == STACK:
             if skip:
                 return
-            object.__setattr__(request, "storage_offsets", torch.Size([0, 0, 0]))
+            object.__setattr__(request, "storage_offsets", torch.Size([0, 0, 0, 0]))
         real(self, file, request, planner)
 
     HuggingFaceStorageReader._process_read_request = wrong
