@@ -32,7 +32,7 @@ from ..parallel.collectives import all_reduce_max
 from ..parallel.cost import Batch, choose_exchange
 from ..parallel.exchange import Flat
 from ..parallel.exchange_dedup import EXCHANGES, make_exchange
-from ..parallel.exchange_probe import measure_rates
+from ..parallel.exchange_probe import measure_rates, pick_exchange
 from ..parallel.exchange_replicas import Replicas
 from ..parallel.launch import init_ranks
 from .hosts import DEVICE, Hosts
@@ -73,8 +73,9 @@ def _rows(found: dict[str, Any]) -> list[Row]:
     best = min(times[name][0] for name in EXCHANGES)
     for name, (value, spread) in times.items():
         rows.append(Row(BENCH, case, name, "step", value * 1e3, "ms", spread * 1e3, best * 1e3, best / value))
-        if name in found["predictions"]:
-            rows.append(Row(BENCH, case, name, "predicted", found["predictions"][name] * 1e3, "ms"))
+        for how, seconds in found["predictions"].items():
+            if name in seconds:
+                rows.append(Row(BENCH, case, name, how, seconds[name] * 1e3, "ms"))
         for link, (messages, size) in found["sent"][name].items():
             rows.append(Row(BENCH, case, name, f"{link}_messages", messages, "per rank"))
             rows.append(Row(BENCH, case, name, f"{link}_bytes", size / 2**20, "MiB per rank"))
@@ -149,13 +150,14 @@ def worker(out: Path, where: str, tokens: list[int], repeats: int) -> None:
         steps = {name: _step(dispatch, each, ranks.rank) for name, dispatch in runs.items()}
         seconds = interleaved(steps, repeats)
         slowest = all_reduce_max(torch.tensor(list(seconds.values()), dtype=torch.float64)).tolist()
-        choice = choose_exchange(Batch(each, DIM, TOP_K, EXPERTS), nodes, rates)
+        batch = Batch(each, DIM, TOP_K, EXPERTS)
+        choice, modelled = pick_exchange(network, batch), choose_exchange(batch, nodes, rates)
         found.append(
             {
                 "case": f"{nodes.nodes}x{nodes.per_node} hosts, {total} tokens, {where}",
                 "seconds": dict(zip(seconds, slowest, strict=True)),
                 "sent": {name: _sent(runs[name], step) for name, step in steps.items()},
-                "predictions": choice.predictions,
+                "predictions": {"predicted": choice.predictions, "by_formula": modelled.predictions},
                 "picked": choice.name,
                 "rates": rates,
             }
