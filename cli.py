@@ -123,13 +123,13 @@ def report(runs: Text[list[Path]]) -> None:
 
 
 def bench(
-    what: Text[Literal["layer", "train", "alltoall"]],
+    what: Text[Literal["layer", "train", "alltoall", "layouts"]],
     json: Path | None = None,
     quick: bool = False,
     netns: bool = False,
 ) -> None:
     """Measure side by side: one MoE layer, or a full training step, against peers and the machine's limit; or the
-    exchanges of expert parallelism.
+    exchanges of expert parallelism; or a training step under several layouts.
 
     Args:
         what: Which benchmark.
@@ -146,6 +146,8 @@ def bench(
         raise ValueError(f"--netns is for the benchmark alltoall, not for {what}")
     if what == "layer":
         from .benchmarks.layer import main as run
+    elif what == "layouts":
+        from .benchmarks.layouts import main as run
     else:
         from .benchmarks.train import main as run
     run(json=json, quick=quick)

@@ -201,7 +201,8 @@ class Trainer:
         parts = [self.objective.counts(batch) for batch in batches]
         names = list(parts[0])
         local = torch.stack([sum((part[n].double() for part in parts), torch.zeros(())) for n in names])
-        return dict(zip(names, all_reduce_sum(local.to(self.ranks.device)).tolist(), strict=True))
+        whole = all_reduce_sum(local.to(self.ranks.device)) / self.config.parallel.tp  # its ranks have the same batch
+        return dict(zip(names, whole.tolist(), strict=True))
 
     def _accumulate(
         self, batches: list[Any], counts: dict[str, float]
@@ -271,7 +272,7 @@ class Trainer:
         self.model.train()
         self.clock.forget_all_to_all()
         total, count = all_reduce_sum(sums).tolist()
-        return total / max(count, 1)
+        return total / max(count / self.config.parallel.tp, 1)  # a tensor-parallel group's ranks count the same
 
     def resume(self) -> None:
         """Loads what the setting `checkpoint.resume` asks for.
