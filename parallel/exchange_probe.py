@@ -95,13 +95,14 @@ def measure_rates(network: Network, device: torch.device | str = "cpu", repeats:
     """Latency, bandwidth and cost of a message for each kind of link, while all ranks use it at once. Some tens of
     all-to-alls; every rank must call, and all get the same numbers, those of the slowest."""
     nodes, traffic, at = network.grid(), Traffic(), torch.device(device)
-    lanes = [network.within(traffic, False), network.across(traffic, False), network.whole(traffic, False)]
-    taken = [_swap_seconds(lane, size, at, repeats) for lane in lanes for size in (SMALL, LARGE)]
-    slowest = all_reduce_max(torch.tensor(taken, dtype=torch.float64).to(at), network.group).tolist()
-    inner, inner_large, outer, outer_large, whole, _ = slowest
+    within, across = network.within(traffic, False), network.across(traffic, False)
+    whole = network.whole(traffic, False)
+    uses = ((within, SMALL), (within, LARGE), (across, SMALL), (across, LARGE), (whole, SMALL))
+    taken = torch.tensor([_swap_seconds(lane, size, at, repeats) for lane, size in uses], dtype=torch.float64)
+    inner, inner_large, outer, outer_large, all_small = all_reduce_max(taken.to(at), network.group).tolist()
     N, G, P = *nodes, nodes.ranks
     # The whole group's small exchange waits for the same far link as that across nodes, and has more messages.
-    message = max(0.0, whole - outer) / (P - N) if N > 1 and G > 1 else 0.0
+    message = max(0.0, all_small - outer) / (P - N) if N > 1 and G > 1 else 0.0
     return {
         "intra": _rate(inner, inner_large, G - 1, message),
         "inter": _rate(outer, outer_large, N - 1, message),
