@@ -269,7 +269,7 @@ if __name__ == "__main__":
     parser.add_argument("--netns", action="store_true", help="hosts are network namespaces; needs root")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--where", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:

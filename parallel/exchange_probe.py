@@ -18,7 +18,7 @@ from .exchange_dedup import EXCHANGES, make_exchange
 from .traffic import Traffic
 
 SMALL, LARGE = 1 << 8, 1 << 20  # bytes for each rank
-FEW, MANY = 8, 1024  # tokens of a rank
+FEW, MANY = 8, 2048  # tokens of a rank
 WORTH = 1.03  # a simpler exchange that is slower by less is taken
 TYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -56,7 +56,7 @@ def measure_exchanges(
     call, and all get the same numbers, those of the slowest."""
     at, many = torch.device(device), max(2 * FEW, min(batch.tokens, MANY))
     runs = [
-        _round_trip(make_exchange(name, network, overlap=False), network, batch._replace(tokens=tokens), at)
+        _round_trip(make_exchange(name, network), network, batch._replace(tokens=tokens), at)
         for tokens in (FEW, many)
         for name in EXCHANGES
     ]
