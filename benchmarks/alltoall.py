@@ -2,6 +2,7 @@
 
 Every rank has the same number of tokens and random choices; experts answer with what they get. One run is a forward
 and a backward pass. Coordinated: pairs of ranks hold the same tokens, twice as many, and each sends its half.
+Last, a whole layer on two hosts of one rank: its exchanges waited for, overlapped, and in chunks.
 """
 
 # Shapes: T tokens of a rank, E experts, K choices, D model.
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..moe.config import MoEConfig
 from ..moe.dispatch import AllToAllDispatch, Coordinated
 from ..moe.gate import Routing, Stats
+from ..moe.layer import MoE
 from ..parallel.all_to_all import Network
 from ..parallel.collectives import all_reduce_max
 from ..parallel.cost import Batch, choose_exchange
 from ..parallel.exchange import Flat
 from ..parallel.exchange_dedup import EXCHANGES, make_exchange
-from ..parallel.exchange_probe import measure_rates
+from ..parallel.exchange_probe import measure_rates, pick_exchange
 from ..parallel.exchange_replicas import Replicas
 from ..parallel.launch import init_ranks
 from .hosts import DEVICE, Hosts
@@ -44,6 +48,7 @@ HOSTS = ((2, 2), (2, 4), (4, 2))  # nodes, ranks on each
 TOKENS = (64, 8192)  # of all ranks together
 DIM, EXPERTS, TOP_K = 512, 16, 4
 DELAY_MS, GBIT = 1.0, 1.0
+LAYER_TOKENS = 1024
 
 
 def main(
@@ -62,6 +67,11 @@ def main(
             rows += _rows(found)
         if json is not None:
             write(rows, json)
+    if not quick:
+        for found in _on_ranks(2, 1, (), 11, netns, limit_s):
+            rows += _layer_rows(found)
+        if json is not None:
+            write(rows, json)
     show([row for row in rows if not row.metric.startswith("intra")])
     return rows
 
@@ -73,8 +83,9 @@ def _rows(found: dict[str, Any]) -> list[Row]:
     best = min(times[name][0] for name in EXCHANGES)
     for name, (value, spread) in times.items():
         rows.append(Row(BENCH, case, name, "step", value * 1e3, "ms", spread * 1e3, best * 1e3, best / value))
-        if name in found["predictions"]:
-            rows.append(Row(BENCH, case, name, "predicted", found["predictions"][name] * 1e3, "ms"))
+        for how, seconds in found["predictions"].items():
+            if name in seconds:
+                rows.append(Row(BENCH, case, name, how, seconds[name] * 1e3, "ms"))
         for link, (messages, size) in found["sent"][name].items():
             rows.append(Row(BENCH, case, name, f"{link}_messages", messages, "per rank"))
             rows.append(Row(BENCH, case, name, f"{link}_bytes", size / 2**20, "MiB per rank"))
@@ -87,6 +98,15 @@ def _rows(found: dict[str, Any]) -> list[Row]:
         rows.append(Row(BENCH, case, kind, "per_message", message * 1e3, "ms"))
         rows.append(Row(BENCH, case, kind, "bandwidth", bandwidth / 1e6, "MB/s"))
     return rows
+
+
+def _layer_rows(found: dict[str, Any]) -> list[Row]:
+    times = {name: median_and_spread(seconds) for name, seconds in found["seconds"].items()}
+    base = next(iter(times.values()))[0]
+    return [
+        Row(BENCH, found["case"], name, "layer", value * 1e3, "ms", spread * 1e3, base * 1e3, base / value)
+        for name, (value, spread) in times.items()
+    ]
 
 
 def _on_ranks(
@@ -135,7 +155,8 @@ def _port() -> int:
 
 
 def worker(out: Path, where: str, tokens: list[int], repeats: int) -> None:
-    """One rank: measures the links, then every exchange for every batch. Rank 0 writes."""
+    """One rank: measures the links, then every exchange for every batch; a layer where no batch is given. Rank 0
+    writes."""
     ranks = init_ranks("cpu")
     torch.set_num_threads(1)
     group = dist.group.WORLD
@@ -149,17 +170,21 @@ def worker(out: Path, where: str, tokens: list[int], repeats: int) -> None:
         steps = {name: _step(dispatch, each, ranks.rank) for name, dispatch in runs.items()}
         seconds = interleaved(steps, repeats)
         slowest = all_reduce_max(torch.tensor(list(seconds.values()), dtype=torch.float64)).tolist()
-        choice = choose_exchange(Batch(each, DIM, TOP_K, EXPERTS), nodes, rates)
+        batch = Batch(each, DIM, TOP_K, EXPERTS)
+        choice, modelled = pick_exchange(network, batch), choose_exchange(batch, nodes, rates)
         found.append(
             {
                 "case": f"{nodes.nodes}x{nodes.per_node} hosts, {total} tokens, {where}",
                 "seconds": dict(zip(seconds, slowest, strict=True)),
                 "sent": {name: _sent(runs[name], step) for name, step in steps.items()},
-                "predictions": choice.predictions,
+                "predictions": {"predicted": choice.predictions, "by_formula": modelled.predictions},
                 "picked": choice.name,
                 "rates": rates,
             }
         )
+    if not tokens:
+        found.append({"case": f"layer of 2 hosts, {LAYER_TOKENS} tokens each, {where}"})
+        found[0]["seconds"] = interleaved(_layers(network), repeats)
     if ranks.first:
         out.write_text(jsonlib.dumps(found))
     ranks.shutdown()
@@ -174,6 +199,28 @@ def _dispatches(network: Network) -> dict[str, AllToAllDispatch | Coordinated]:
     pair, place = _group(range(rank - rank % 2, rank - rank % 2 + 2)), _group(range(rank % 2, world, 2))
     dispatch = AllToAllDispatch(place, EXPERTS, exchange=Flat(Network(place)))
     return found | {"coordinated": Coordinated(dispatch, Replicas(pair, dispatch.traffic))}
+
+
+def _layers(network: Network) -> dict[str, Callable[[], None]]:
+    """The same PR-MoE layer with its rows waited for, under way beside its residual MLP, and in chunks."""
+    x_BSD, dy_BSD = torch.randn(2, 1, LAYER_TOKENS, DIM)
+    x_BSD.requires_grad_()
+    steps = {}
+    for name, overlap, chunks in (("waited for", False, 1), *((f"chunks {n}", True, n) for n in (1, 2, 4))):
+        moe = MoE(DIM, EXPERTS, MoEConfig(hidden=2 * DIM, top_k=2, residual=True))
+        for key, whole in list(moe.experts.named_parameters()):
+            mine = whole.detach().chunk(network.group.size())[network.group.rank()].clone()
+            setattr(moe.experts, key, torch.nn.Parameter(mine))
+        exchange = make_exchange("flat", network, overlap=overlap)
+        moe.dispatch = AllToAllDispatch(network.group, EXPERTS, exchange=exchange, chunks=chunks)
+        steps[name] = partial(_train, moe, x_BSD, dy_BSD)
+    return steps
+
+
+def _train(moe: MoE, x_BSD: Tensor, dy_BSD: Tensor) -> None:
+    moe(x_BSD).y.backward(dy_BSD)
+    moe.zero_grad()
+    x_BSD.grad = None
 
 
 def _group(ranks: range) -> dist.ProcessGroup:
@@ -222,7 +269,7 @@ if __name__ == "__main__":
     parser.add_argument("--netns", action="store_true", help="hosts are network namespaces; needs root")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--where", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:

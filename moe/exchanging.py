@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from ..parallel.all_to_all import Network
 from ..parallel.collectives import all_reduce_max
-from ..parallel.cost import Batch, Rate
+from ..parallel.cost import Batch, Choice
 from ..parallel.exchange_dedup import make_exchange
-from ..parallel.exchange_probe import measure_rates, pick_exchange
+from ..parallel.exchange_probe import pick_exchange
 from ..parallel.traffic import launched_per_node
 from .dispatch import AllToAllDispatch
 from .gate import Gate
@@ -26,7 +26,7 @@ class Exchanging:
     """How rows travel to experts on other ranks."""
 
     exchange: str = "auto"
-    """One of `parallel.exchange_dedup.EXCHANGES`; auto: flat on one node, else the fastest on links measured now."""
+    """One of `parallel.exchange_dedup.EXCHANGES`; auto: flat on one node, else the fastest of all, measured now."""
     chunks: int = 1
     """Parts in which a rank's experts get their rows, so that one computes while the next travels; a rank with fewer
     experts takes as many."""
@@ -71,8 +71,7 @@ class Dispatchers:
             )
         self.per_node = own
         self._networks: dict[str, Network] = {}
-        self._rates: dict[str, dict[str, Rate]] = {}
-        self._said: set[str] = set()
+        self._choices: dict[tuple[str, Batch], Choice] = {}
 
     def make(
         self, group: dist.ProcessGroup, gate: Gate, even_capacity: Callable[[int], int | None] | None = None
@@ -96,12 +95,9 @@ class Dispatchers:
     def _pick(self, network: Network, batch: Batch) -> str:
         if network.nodes is None or network.nodes.nodes == 1:
             return "flat"
-        key = network.group.group_name
-        if key not in self._rates:
-            self._rates[key] = measure_rates(network, self.device)
-        choice = pick_exchange(network, batch, self.device, rates=self._rates[key])
-        text = f"{batch.experts} experts on {network.nodes.nodes} nodes of {network.nodes.per_node} ranks: {choice}"
-        if text not in self._said:
-            self._said.add(text)
-            log.info(text)
-        return choice.name
+        key = network.group.group_name, batch
+        if key not in self._choices:
+            self._choices[key] = pick_exchange(network, batch, self.device)
+            where = f"{network.nodes.nodes} nodes of {network.nodes.per_node} ranks"
+            log.info(f"{batch.experts} experts on {where}: {self._choices[key]}")
+        return self._choices[key].name

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -18,6 +19,7 @@ from coterie.moe.exchanging import Dispatchers, Exchanging
 from coterie.parallel import cost
 from coterie.parallel.exchange import Flat
 from coterie.parallel.exchange_dedup import EXCHANGES
+from coterie.parallel.exchange_probe import pick_exchange
 from coterie.parallel.launch import Ranks
 from coterie.parallel.mesh import build_mesh
 from coterie.parallel.traffic import Nodes
@@ -142,6 +144,18 @@ def _expected(routes: list[list[torch.Tensor]], kind: str) -> list[dict[str, int
                 total[f"{link}_bytes"] += size
         steps.append(total)
     return steps
+
+
+def test_auto_takes_the_simplest_of_the_fastest() -> None:
+    network: Any = SimpleNamespace(nodes=Nodes(2, 2))
+    lines = {"flat": (1.0, 0.01), "hierarchical": (0.5, 0.03), "deduplicated": (0.98, 0.0095)}
+    picked = {tokens: pick_exchange(network, cost.Batch(tokens, 8, 2, 4), lines=lines) for tokens in (1, 30, 900)}
+    assert [choice.name for choice in picked.values()] == ["hierarchical", "flat", "deduplicated"]
+    assert picked[1].predictions == pytest.approx({"flat": 1.01, "hierarchical": 0.53, "deduplicated": 0.9895})
+    assert picked[30].predictions["deduplicated"] < picked[30].predictions["flat"], "by less than it is worth"
+    assert pick_exchange(network, cost.Batch(1, 8, 2, 4), lines=lines, override="flat").name == "flat"
+    network.nodes = None
+    assert pick_exchange(network, cost.Batch(1, 8, 2, 4)).name == "flat", "nodes of several sizes"
 
 
 def test_the_settings_name_all_exchanges() -> None:
