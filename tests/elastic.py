@@ -23,7 +23,7 @@ from coterie.train import checkpoint, loop, pretrain, session  # noqa: F401 (the
 PHASES = ("forward", "exchange", "backward", "optimizer", "save")
 
 
-def die(*_: object) -> NoReturn:
+def die(*_: object, **__: object) -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
@@ -37,7 +37,7 @@ def kill_at(phase: str, step: int) -> None:
 
         def wrapped(*arguments: Any, **options: Any) -> Any:
             if now[0] >= step:
-                before(*arguments)
+                before(*arguments, **options)
             result = real(*arguments, **options)
             if now[0] >= step and after is not None:
                 after(result, *arguments)
@@ -48,9 +48,9 @@ def kill_at(phase: str, step: int) -> None:
     def in_first_block(action: Any) -> Any:
         return lambda result, block, *_: action(result) if block.layer == 0 and torch.is_grad_enabled() else None
 
-    def send_and_die(out: Any, sent: Any, receive: Any, send: Any, *_: object) -> None:
+    def send_and_die(out: Any, sent: Any, receive: Any, send: Any, **options: Any) -> None:
         if send is not None:  # rows; counts went before
-            dist.distributed_c10d.all_to_all_single(out, sent, receive, send, async_op=True)
+            dist.distributed_c10d.all_to_all_single(out, sent, receive, send, **options | {"async_op": True})
             die()
 
     step_of_trainer = loop.Trainer.step
@@ -60,7 +60,8 @@ def kill_at(phase: str, step: int) -> None:
         return step_of_trainer(trainer, *arguments)
 
     loop.Trainer.step = begin  # type: ignore[method-assign]
-    idle = lambda *_: None  # noqa: E731
+    def idle(*_: object, **__: object) -> None: ...
+
     if phase == "forward":
         wrap(Block, "forward", idle, in_first_block(die))
     elif phase == "exchange":

@@ -41,6 +41,21 @@ def test_two_runs_cannot_write_one_directory_and_death_frees_it(tmp_path: Path) 
         pass
 
 
+STOPPED = """
+import os, signal
+from coterie.train.faults import StopRequest
+with StopRequest():
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise {kind}("Connection closed by peer")
+"""
+
+
+@pytest.mark.parametrize(("kind", "status"), [("RuntimeError", 128 + signal.SIGTERM), ("ValueError", 1)])
+def test_a_rank_that_is_to_end_does_not_linger_over_a_lost_one(kind: str, status: int) -> None:
+    done = subprocess.run([sys.executable, "-c", STOPPED.format(kind=kind)], capture_output=True, timeout=60)
+    assert done.returncode == status, done.stderr
+
+
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The environment of a rank in the first life of a torchrun job."""

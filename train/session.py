@@ -141,7 +141,7 @@ class Data:
         """A digest of which samples were the first so many: of those at 0, 1, 2, 4, ... and of the last one."""
         digest = hashlib.sha256()
         for sample in sorted({0, consumed - 1, *(1 << n for n in range(consumed.bit_length()))}):
-            if sample < consumed:
+            if 0 <= sample < consumed:
                 digest.update(self.train_set[sample]["tokens"].numpy().tobytes())
         return digest.hexdigest()[:16]
 
