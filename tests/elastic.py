@@ -60,6 +60,7 @@ def kill_at(phase: str, step: int) -> None:
         return step_of_trainer(trainer, *arguments)
 
     loop.Trainer.step = begin  # type: ignore[method-assign]
+
     def idle(*_: object, **__: object) -> None: ...
 
     if phase == "forward":

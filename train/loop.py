@@ -20,7 +20,7 @@ from ..moe.metrics import add, pack, unpack
 from ..parallel.collectives import all_reduce_sum
 from ..parallel.launch import Ranks
 from .checkpoint import Checkpointer, random_state, set_random_state, training_state
-from .clock import Clock, dispatch_clocks, peak_of_all
+from .clock import Clock, dispatch_traffic, peak_of_all
 from .config import TrainConfig, to_dict
 from .faults import StopRequest, first_bad_layer
 from .manifest import CHECKPOINTS, CheckpointError, Progress, same_order
@@ -70,7 +70,7 @@ class Trainer:
         self.flops_per_token, self.order = flops_per_token, order
         self.optimizer = build_optimizer(model, config.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.clock = Clock(ranks.device, dispatch_clocks(model))
+        self.clock = Clock(ranks.device, dispatch_traffic(model))
         self.checkpoints = Checkpointer(
             Path(config.run_dir) / CHECKPOINTS,
             to_dict(config)["model"],
@@ -147,7 +147,7 @@ class Trainer:
             "mfu": self.flops_per_token * pace / peak,
             **router_row(totals.stats),
             "layers": [i for i, experts in enumerate(self.config.model.experts) if experts],
-            "time": self.clock.read(),
+            **self.clock.row(),
             "skipped": self.progress.skipped,
             "bad": not totals.finite,
         }
@@ -202,7 +202,8 @@ class Trainer:
         if ended:
             where = f"step {self.progress.step} of {self.config.total_steps}, at {self.progress.samples} samples"
             raise ValueError(f"the data ended after {where}: keep the batch_size of the run, or give more steps")
-        return dict(zip(self._counted, counts, strict=True))
+        copies = self.config.parallel.tp  # ranks that have the same batch
+        return {name: count / copies for name, count in zip(self._counted, counts, strict=True)}
 
     def _accumulate(
         self, batches: list[Any], counts: dict[str, float]
@@ -272,7 +273,7 @@ class Trainer:
         self.model.train()
         self.clock.forget_all_to_all()
         total, count = all_reduce_sum(sums).tolist()
-        return total / max(count, 1)
+        return total / max(count / self.config.parallel.tp, 1)  # a tensor-parallel group's ranks count the same
 
     def resume(self) -> None:
         """Loads what the setting `checkpoint.resume` asks for.

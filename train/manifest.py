@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 PREFIX = "step_"
 CHECKPOINTS = "checkpoints"
 """The folder of a run directory that holds them."""
