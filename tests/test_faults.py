@@ -19,6 +19,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one": (1, {}),
     "dp2": (2, {}),
     "ep2": (2, {"--parallel.ep": 2}),
+    "tp2": (2, {"--parallel.tp": 2}),
     "dp2 x ep2": (4, {"--parallel.ep": 2}),
 }
 STEPS, KILLED, SAVED = 8, 6, 4  # checkpoints are at even steps; the one of step 6 is being written when "save" kills
@@ -114,6 +115,6 @@ def test_a_rank_killed_in_the_all_to_all(folder: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "other"), [("dp2", "one"), ("ep2", "dp2"), ("dp2 x ep2", "ep2")])
+@pytest.mark.parametrize(("layout", "other"), [("dp2", "one"), ("ep2", "dp2"), ("tp2", "ep2"), ("dp2 x ep2", "ep2")])
 def test_a_rank_killed_in_any_phase(layout: str, other: str, folder: Path) -> None:
     check_kills(folder, layout, PHASES, other)

@@ -47,7 +47,7 @@ def node(endpoint: str, address: str, nodes: str, *arguments: str) -> list[str]:
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "nodes", "--rdzv-endpoint", endpoint]
     host = str(endpoint.startswith(f"{address}:")).lower()
     # So long is a second node waited for.
-    settings = f"is_host={host},last_call_timeout=15,keep_alive_interval=1"
+    settings = f"is_host={host},last_call_timeout=20,keep_alive_interval=1"
     rendezvous += ["--rdzv-conf", settings, "--local-addr", address]
     start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "1"]
     return [*start, *rendezvous, "--max-restarts", "1", "-m", "coterie.train.pretrain", *arguments]
@@ -72,7 +72,7 @@ def rows(run: Path) -> int:
 
 
 def pid_of(run: Path, rank: int) -> int:
-    """Of the process that is this rank of the run."""
+    """Of the process that is this rank of the run; 0: there is none."""
     for entry in Path("/proc").iterdir():
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
@@ -81,7 +81,7 @@ def pid_of(run: Path, rank: int) -> int:
             continue
         if str(run).encode() in words and f"RANK={rank}".encode() in environment:
             return int(entry.name)
-    raise AssertionError(f"rank {rank} of {run} does not run")
+    return 0
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -96,8 +96,8 @@ def test_a_rank_that_hangs_is_told_of_ended_and_started_again(data: Path, tmp_pa
     more = ("--steps", "60", "--checkpoint.every", "5", "--parallel.ep", "2", "--parallel.timeout-s", "5")
     words = [*on_one_host(2, *leaves(data, run, *more)), "--restarts", "1"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    wait(process, lambda: rows(run) > 7)
-    os.kill(pid_of(run, 1), signal.SIGSTOP)
+    rank = wait(process, lambda: rows(run) > 7 and pid_of(run, 1))
+    os.kill(rank, signal.SIGSTOP)
     since = time.monotonic()
     assert process.stderr is not None
     line = next(line for line in process.stderr if "has waited" in line)
@@ -124,8 +124,7 @@ def test_a_lost_node_leaves_a_smaller_world(data: Path, tmp_path: Path) -> None:
         nodes.append(subprocess.Popen(words, stdout=log, stderr=log, env=ENVIRONMENT, start_new_session=True))
         time.sleep(1)  # the first one opens the rendezvous
     try:
-        wait(nodes[0], lambda: rows(run) > 7)
-        lost = pid_of(run, 1)
+        lost = wait(nodes[0], lambda: rows(run) > 7 and pid_of(run, 1))
         os.killpg(nodes[1].pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.kill(lost, signal.SIGKILL)
