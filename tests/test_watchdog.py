@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ranks import _free_port
 
+from coterie.benchmarks.pool import free_port
 from coterie.parallel.launch import init_ranks
 from coterie.parallel.watchdog import STATUS, Watchdog
 
@@ -31,7 +31,7 @@ def _wait_for_the_other(rank: int, folder: str, port: int) -> None:
 
 @pytest.mark.dist
 def test_a_rank_that_waits_too_long_tells_where_and_ends(tmp_path: Path) -> None:
-    ranks = mp.spawn(_wait_for_the_other, args=(str(tmp_path), _free_port()), nprocs=2, join=False)
+    ranks = mp.spawn(_wait_for_the_other, args=(str(tmp_path), free_port()), nprocs=2, join=False)
     assert ranks is not None
     first, second = ranks.processes
     first.join(60)
