@@ -42,13 +42,11 @@ def on_one_host(ranks: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "coterie.cli", "pretrain", *arguments, "--ranks", str(ranks)]
 
 
-def node(endpoint: str, address: str, nodes: str, *arguments: str) -> list[str]:
-    """One torchrun with one rank."""
+def node(endpoint: str, address: str, nodes: str, more: str, *arguments: str) -> list[str]:
+    """One torchrun with one rank. `more`: settings of its rendezvous."""
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "nodes", "--rdzv-endpoint", endpoint]
-    host = str(endpoint.startswith(f"{address}:")).lower()
-    # So long is a second node waited for.
-    settings = f"is_host={host},last_call_timeout=20,keep_alive_interval=1"
-    rendezvous += ["--rdzv-conf", settings, "--local-addr", address]
+    # So long a second node is waited for, in seconds.
+    rendezvous += ["--rdzv-conf", f"last_call_timeout=20,keep_alive_interval=1{more}", "--local-addr", address]
     start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "1"]
     return [*start, *rendezvous, "--max-restarts", "1", "-m", "coterie.train.pretrain", *arguments]
 
@@ -117,7 +115,7 @@ def test_a_lost_node_leaves_a_smaller_world(data: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    words = node(endpoint, "127.0.0.1", "1:2", *leaves(data, run, *more))
+    words = node(endpoint, "127.0.0.1", "1:2", "", *leaves(data, run, *more))
     logs = [(tmp_path / f"node{n}").open("w+") for n in range(2)]
     nodes = []
     for log in logs:
@@ -163,7 +161,8 @@ def test_two_hosts_train_as_one(data: Path, tmp_path: Path) -> None:
     nodes = []
     with hosts.Hosts(2, delay_ms=1) as two:
         for n in range(2):
-            words = node(f"{two.address(0)}:29400", two.address(n), "2", *leaves(data, run, *more))
+            host = f",is_host={str(n == 0).lower()}"  # torchrun knows a machine by its name alone
+            words = node(f"{two.address(0)}:29400", two.address(n), "2", host, *leaves(data, run, *more))
             command = two.command(n, words)
             kind: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
             nodes.append(subprocess.Popen(command, env=environment, **kind))
