@@ -42,11 +42,12 @@ def on_one_host(ranks: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "coterie.cli", "pretrain", *arguments, "--ranks", str(ranks)]
 
 
-def node(endpoint: str, address: str, nodes: str, more: str, *arguments: str) -> list[str]:
-    """One torchrun with one rank. `more`: settings of its rendezvous."""
+def node(endpoint: str, address: str, nodes: str, first: bool, *arguments: str) -> list[str]:
+    """One torchrun with one rank; the first one opens the rendezvous, as torchrun knows a machine by its name alone."""
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "nodes", "--rdzv-endpoint", endpoint]
     # So long a second node is waited for, in seconds.
-    rendezvous += ["--rdzv-conf", f"last_call_timeout=20,keep_alive_interval=1{more}", "--local-addr", address]
+    settings = f"is_host={str(first).lower()},last_call_timeout=20,keep_alive_interval=1"
+    rendezvous += ["--rdzv-conf", settings, "--local-addr", address]
     start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "1"]
     return [*start, *rendezvous, "--max-restarts", "1", "-m", "coterie.train.pretrain", *arguments]
 
@@ -115,12 +116,11 @@ def test_a_lost_node_leaves_a_smaller_world(data: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    words = node(endpoint, "127.0.0.1", "1:2", "", *leaves(data, run, *more))
     logs = [(tmp_path / f"node{n}").open("w+") for n in range(2)]
     nodes = []
-    for log in logs:
+    for n, log in enumerate(logs):
+        words = node(endpoint, "127.0.0.1", "1:2", n == 0, *leaves(data, run, *more))
         nodes.append(subprocess.Popen(words, stdout=log, stderr=log, env=ENVIRONMENT, start_new_session=True))
-        time.sleep(1)  # the first one opens the rendezvous
     try:
         lost = wait(nodes[0], lambda: rows(run) > 7 and pid_of(run, 1))
         os.killpg(nodes[1].pid, signal.SIGKILL)
@@ -161,8 +161,7 @@ def test_two_hosts_train_as_one(data: Path, tmp_path: Path) -> None:
     nodes = []
     with hosts.Hosts(2, delay_ms=1) as two:
         for n in range(2):
-            host = f",is_host={str(n == 0).lower()}"  # torchrun knows a machine by its name alone
-            words = node(f"{two.address(0)}:29400", two.address(n), "2", host, *leaves(data, run, *more))
+            words = node(f"{two.address(0)}:29400", two.address(n), "2", n == 0, *leaves(data, run, *more))
             command = two.command(n, words)
             kind: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
             nodes.append(subprocess.Popen(command, env=environment, **kind))
