@@ -43,7 +43,7 @@ def on_one_host(ranks: int, *arguments: str) -> list[str]:
 
 
 def node(endpoint: str, address: str, nodes: str, first: bool, *arguments: str) -> list[str]:
-    """One torchrun with one rank; the first one opens the rendezvous, as torchrun knows a machine by its name alone."""
+    """One torchrun with one rank; the first opens the rendezvous, as torchrun knows a machine by its name alone."""
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "nodes", "--rdzv-endpoint", endpoint]
     # So long a second node is waited for, in seconds.
     settings = f"is_host={str(first).lower()},last_call_timeout=20,keep_alive_interval=1"
