@@ -64,6 +64,7 @@ def pretrain(
     recipe: Text[str],
     overrides: Text[list[str]],
     ranks: int = 1,
+    restarts: int = 0,
 ) -> None:
     """Pretrain a model: short for `torchrun --nproc-per-node RANKS -m coterie.train.pretrain RECIPE ...`.
 
@@ -71,10 +72,11 @@ def pretrain(
         recipe: A recipe's name; `coterie pretrain RECIPE --help` lists every leaf that can be overridden.
         overrides: --leaf value pairs, handed on.
         ranks: Processes on this machine.
+        restarts: How often to start them again, from the newest checkpoint, when one has failed or was killed.
     """
     from .train.launch import launch
 
-    raise SystemExit(launch(ranks, [recipe, *overrides]))
+    raise SystemExit(launch(ranks, [recipe, *overrides], restarts))
 
 
 def generate(
@@ -180,19 +182,20 @@ def bench(
 COMMANDS = {f.__name__: f for f in (quickstart, prepare, pretrain, generate, export, report, bench)}
 
 
-def _split_pretrain(argv: list[str]) -> tuple[int, list[str]]:
-    """`--ranks N` belongs to us wherever it stands; all else is the entry's."""
-    ranks, rest, words = 1, [], iter(argv)
+def _split_pretrain(argv: list[str]) -> tuple[dict[str, int], list[str]]:
+    """`--ranks N` and `--restarts N` belong to us wherever they stand; all else is the entry's."""
+    own, rest, words = {}, [], iter(argv)
+    whats = {"--ranks": "processes: give 1 or more", "--restarts": "restarts: give 0 or more"}
     for word in words:
         name, _, value = word.partition("=")
-        if name != "--ranks":
+        if name not in whats:
             rest.append(word)
             continue
         value = value or next(words, "")
         if not value.isdigit():
-            raise ValueError(f"--ranks {value!r} is not a number of processes: give 1 or more")
-        ranks = int(value)
-    return ranks, rest
+            raise ValueError(f"{name} {value!r} is not a number of {whats[name]}")
+        own[name.removeprefix("--")] = int(value)
+    return own, rest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -200,8 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["pretrain"] and len(argv) > 1 and argv[1] not in ("-h", "--help"):
-            ranks, rest = _split_pretrain(argv[1:])
-            pretrain(rest[0] if rest else "", rest[1:], ranks)
+            own, rest = _split_pretrain(argv[1:])
+            pretrain(rest[0] if rest else "", rest[1:], **own)
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="coterie", args=argv, description=__doc__)
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from .watchdog import keep_record
+
 # Options of mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Set to 1 in torchrun's environment, it gives every life of the ranks a store of its own."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def init_ranks(device: str | None = None, *, timeout_s: float = 1800) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout_s)
         bound = chosen if chosen.type == "cuda" else None
+        keep_record()
         if given:
             _open(backend, timeout, bound)
         else:  # one process needs no port
@@ -126,6 +131,12 @@ def _device(name: str | None, local_rank: int) -> torch.device:
 
 def _open(backend: str, timeout: datetime.timedelta, bound: torch.device | None) -> None:
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError(
+            "torchrun would hand ranks that it restarts the addresses of the dead ones (pytorch issue 135712): "
+            f"set {OWN_STORE}=1 in its environment"
+        )
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
     except (dist.DistNetworkError, dist.DistStoreError) as error:

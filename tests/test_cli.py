@@ -15,6 +15,7 @@ WRONG = {
     "no input": (["prepare", "nowhere.txt", "--output", "out", "--train-vocab", "300"], "nowhere.txt"),
     "no tokenizer named": (["prepare", __file__, "--output", "out"], "tokenizer"),
     "no ranks": (["pretrain", "tiny", "--ranks", "0"], "--ranks 0"),
+    "restarts below zero": (["pretrain", "tiny", "--restarts", "-1"], "--restarts '-1' is not a number of restarts"),
     "ranks that are no number": (["pretrain", "tiny", "--ranks", "two"], "--ranks 'two'"),
     "a temperature below zero": (["generate", ".", "--prompt", "x", "--temperature", "-1"], "temperature"),
 }
@@ -68,11 +69,12 @@ def test_the_traceback_can_be_asked_for(monkeypatch) -> None:
 def test_ranks_may_stand_anywhere(monkeypatch) -> None:
     ran: list[tuple] = []
     monkeypatch.setattr("coterie.train.launch.launch", lambda *given: ran.append(given) or 0)
-    for argv in (["--ranks", "3", "tiny", "--steps", "1"], ["tiny", "--steps", "1", "--ranks=3"]):
+    one = ["--ranks", "3", "tiny", "--restarts", "2", "--steps", "1"]
+    for argv in (one, ["tiny", "--steps", "1", "--restarts=2", "--ranks=3"]):
         with pytest.raises(SystemExit) as left:
             cli.main(["pretrain", *argv])
         assert left.value.code == 0
-    assert ran == [(3, ["tiny", "--steps", "1"])] * 2
+    assert ran == [(3, ["tiny", "--steps", "1"], 2)] * 2
 
 
 def test_import_of_the_layer_needs_torch_alone() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from coterie.parallel.launch import TORCHRUN, init_ranks, rank_logger
+from coterie.parallel.launch import OWN_STORE, TORCHRUN, init_ranks, rank_logger
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,15 @@ def test_an_absent_master_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"no answer from the first rank at 127.0.0.1:{port}"):
         init_ranks("cpu", timeout_s=1)
+
+
+def test_restarts_need_a_store_of_each_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(TORCHRUN, ("0", "2", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match=f"addresses of the dead ones .* set {OWN_STORE}=1"):
+        init_ranks("cpu")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ MISTAKES = {
     "negative count": (["tiny", "--eval-batches", "-1"], r"eval_batches is -1: give 0 or more"),
     "negative leaf": (["tiny", "--checkpoint.every", "-5"], r"checkpoint.every is -5: give 0 or more"),
     "clip": (["tiny", "--optim.clip", "-1"], r"optim.clip is -1.0: give 0 or more"),
+    "no patience": (["tiny", "--parallel.timeout-s", "0"], r"timeout_s is 0.0: give 1 to 590 seconds"),
+    "much patience": (["tiny", "--parallel.timeout-s", "9999"], r"timeout_s is 9999.0: give 1 to 590 seconds"),
     "infinite rate": (["tiny", "--optim.lr", "inf"], r"optim.lr is inf: give a number above 0"),
     "beta": (["tiny", "--optim.beta2", "1"], r"optim.beta2 is 1.0: give a number from 0 to below 1"),
     "tp over ranks": (["tiny", "--parallel.tp", "2"], r"tp=2 does not divide 1 ranks: the nearest that does is 1"),
@@ -312,3 +314,14 @@ def test_the_order_of_samples_depends_on_what_was_consumed_alone(data: Path, tmp
     parts = [torch.cat([b.tokens_BS for b in next(half.steps(8))]) for half in halves]
     assert torch.equal(torch.cat(parts), first[1])
     assert len(list(flow.valid())) == config.eval_batches * 4
+
+
+def test_another_length_goes_on_unless_it_changes_the_order_of_samples(data: Path, tmp_path: Path, capsys) -> None:
+    """The number of epochs decides in what order megatron-core shuffles them."""
+    run = tmp_path / "run"
+    for steps in ("2", "3"):
+        assert main(flags(data, run, "--eval-batches", "0", "--steps", steps)) == 0
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
+    capsys.readouterr()
+    longer = refused(flags(data, run, "--eval-batches", "0", "--steps", "400"), capsys)
+    assert re.search(r"step_00000003 has seen other samples .* length of the run was changed", longer)

@@ -44,6 +44,8 @@ def test_what_needs_no_rank_is_refused_before_one_starts(tmp_path: Path, monkeyp
             launch(3, arguments)
     with pytest.raises(ValueError, match="--ranks 0"):
         launch(0, ["tiny"])
+    with pytest.raises(ValueError, match="--restarts -1"):
+        launch(2, ["tiny"], -1)
     assert launch(3, ["tiny", "--help"]) == 0
     assert "--optim.lr" in capfd.readouterr().out
     assert not list(tmp_path.iterdir())

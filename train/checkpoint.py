@@ -26,11 +26,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from .expert_prints import Part, Prints, compare, join, local_parts, stack_shapes
+from .lives import goes_on, mark_begun
 from .manifest import (
     FORMAT,
     MANIFEST,
     CheckpointError,
     Progress,
+    candidates,
     digest,
     list_checkpoints,
     read_manifest,
@@ -184,30 +186,26 @@ class Checkpointer:
         Raises:
             CheckpointError: the one that was asked for is damaged (offers the newest whole one), or all are.
         """
-        if resume == "never":
-            return None, []
-        candidates = self._agree(list_checkpoints(self.directory))[0]
-        if resume != "auto":
-            asked = Path(resume)
-            problem = self._problem(asked)
-            if problem is None:
-                return asked, []
-            others = self._agree(list_checkpoints(asked.parent) if asked.parent.is_dir() else [])[0]
-            whole = next((p for p in others if p.name != asked.name and self._problem(p) is None), None)
-            offer = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
-            raise CheckpointError(f"{problem}; {offer}")
+        found, again = self._agree((candidates(self.directory, resume), goes_on(self.directory)))[0]
+        if again:
+            resume, found = "auto", candidates(self.directory, "auto")
         problems = []
-        for path in candidates:
+        for path in found:
             problem = self._problem(path)
             if problem is None:
                 return path, problems
             problems.append(problem)
-        if problems:
-            raise CheckpointError(
-                f"{problems[0]}; there is no whole checkpoint in {self.directory}: "
-                "give --checkpoint.resume never to start anew"
-            )
-        return None, []
+        if not problems:
+            return None, []
+        if found == [Path(resume)]:
+            others = self._agree(list_checkpoints(found[0].parent))[0]
+            whole = next((p for p in others if p != found[0] and self._problem(p) is None), None)
+            offer = f"the newest whole one is {whole}" if whole else "there is no whole one beside it"
+            raise CheckpointError(f"{problems[0]}; {offer}")
+        raise CheckpointError(
+            f"{problems[0]}; there is no whole checkpoint in {found[0].parent}: "
+            "give --checkpoint.resume never to start anew"
+        )
 
     def set_aside(self, start: Path | None, step: int) -> list[str]:
         """Takes checkpoints that are not behind `start`, which is at `step`, out of the line, so that none of them
@@ -220,6 +218,7 @@ class Checkpointer:
         if self.rank == 0:
             for path in moved:
                 _move_aside(path)
+            mark_begun(self.directory)
         self._barrier()
         return [p.name for p in moved]
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..kernels.cpu_gemm import product
+from ..parallel.collectives import all_reduce_sum
 from ..parallel.traffic import LINKS, Sent, Traffic
 
 SPANS: tuple[str, ...] = ("data", "forward", "alltoall", "backward", "optimizer")
@@ -43,10 +44,17 @@ class Clock:
         self._traffic = traffic
         self._seconds = dict.fromkeys(SPANS, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.current = ""
+        """The span that is open, if one is."""
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Times the block under one of SPANS."""
+        self.current = name
+        yield from self._timed(name)
+        self.current = ""
+
+    def _timed(self, name: str) -> Iterator[None]:
         if self._cuda and name != "data":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -127,3 +135,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.2) ->
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begin)
     return 2.0 * size**3 / best
+
+
+def peak_of_all(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of all ranks together; every rank calls it."""
+    return float(all_reduce_sum(torch.tensor(peak_flops(device, dtype), dtype=torch.float64, device=device)))

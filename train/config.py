@@ -12,6 +12,9 @@ from ..models.fit import check_fit
 from ..moe.exchanging import Exchanging
 from ..parallel.layout import Layout, divisors, fill, near
 
+LONGEST_WAIT = 590.0
+"""Seconds; NCCL's groups give up after 600, and do not say where the run stands."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -92,6 +95,8 @@ class ParallelConfig:
     """On a GPU, repeat runs bit by bit at the price of a slower attention backward. A CPU always does."""
     threads: int = 0
     """CPU threads of a rank; 0: this machine's cores divided by its ranks."""
+    timeout_s: float = 500.0
+    """A rank that has waited so long for the others, in seconds, ends the run and tells where it stands."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,8 @@ def _check_counts(config: TrainConfig) -> None:
             value = getattr(getattr(config, part) if part else config, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{part}{'.' * bool(part)}{name} is {value}: give 0 or more")
+    if not 1 <= config.parallel.timeout_s <= LONGEST_WAIT:
+        raise ValueError(f"parallel.timeout_s is {config.parallel.timeout_s}: give 1 to {LONGEST_WAIT:g} seconds")
 
 
 def _check_sizes(config: TrainConfig, chosen: Layout) -> None:

@@ -34,9 +34,11 @@ class StopRequest:
                 break
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.signal and kind is not None and issubclass(kind, RuntimeError):
+            os._exit(128 + self.signal)  # torchrun ends this rank because another one is gone: nothing is left to do
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -16,33 +16,42 @@ _SAVE_SECONDS = 600
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def launch(ranks: int, arguments: Sequence[str]) -> int:
+def launch(ranks: int, arguments: Sequence[str], restarts: int = 0) -> int:
     """Pretrains with so many processes: `RECIPE [--leaf value ...]`. Returns the exit status; what went wrong in a
     rank has been told by that rank.
+
+    Args:
+        restarts: how often all ranks are started again, from the newest checkpoint, when one has failed.
 
     Raises:
         ValueError: what can be refused without a rank, in one sentence.
     """
     if ranks < 1:
         raise ValueError(f"--ranks {ranks} is not a number of processes: give 1 or more")
-    if ranks == 1:
+    if restarts < 0:
+        raise ValueError(f"--restarts {restarts} is not a number of restarts: give 0 or more")
+    if ranks == 1 and not restarts:
         return pretrain.main(arguments)
     config = pretrain.parse(arguments)
     if config is None:
         return 0
     pretrain.refuse(config, ranks)
-    return _torchrun(ranks, arguments)
+    return _torchrun(ranks, restarts, arguments)
 
 
-def _torchrun(ranks: int, arguments: Sequence[str]) -> int:
+def _torchrun(ranks: int, restarts: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun sets it, with a warning; ranks set their threads
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVE_SECONDS))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from ..parallel.launch import OWN_STORE
+
+    os.environ[OWN_STORE] = "1"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    words = ["--standalone", "--nproc-per-node", str(ranks), "-m", "coterie.train.pretrain", *arguments]
+    words = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    words += ["-m", "coterie.train.pretrain", *arguments]
     with _handlers_kept():
         try:
             run.run(run.parse_args(words))

@@ -20,12 +20,12 @@ from ..moe.metrics import add, pack, unpack
 from ..parallel.collectives import all_reduce_sum
 from ..parallel.launch import Ranks
 from .checkpoint import Checkpointer, random_state, set_random_state, training_state
-from .clock import Clock, dispatch_traffic, peak_flops
+from .clock import Clock, dispatch_traffic, peak_of_all
 from .config import TrainConfig, to_dict
 from .faults import StopRequest, first_bad_layer
-from .manifest import CheckpointError, Progress
-from .metrics import MetricsWriter, router_row
-from .objective import Objective, Term
+from .manifest import CHECKPOINTS, CheckpointError, Progress, same_order
+from .metrics import MetricsWriter, Totals, router_row
+from .objective import Objective, total
 from .optim import build_optimizer, learning_rate, local_square_sum, scale_gradients, set_learning_rate
 
 Steps = Callable[[int], Iterator[list[Any]]]
@@ -41,20 +41,6 @@ class Summary(NamedTuple):
     valid_loss: float | None
 
 
-class Totals(NamedTuple):
-    """One step, summed over micro-batches and ranks."""
-
-    norm: float
-    losses: dict[str, float]
-    """Each term divided by its count, without its weight."""
-    stats: tuple[Stats, ...]
-    stop: bool
-
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, (self.norm, *self.losses.values())))
-
-
 class Trainer:
     """Trains a parallelized (or plain) model on this rank; every rank makes one with the same config.
 
@@ -64,6 +50,7 @@ class Trainer:
         steps: the data, see `Steps`.
         valid: one evaluation's micro-batches, the same at every call; None: no evaluation.
         flops_per_token: forward and backward, for the utilisation figure.
+        order: of a number of samples, a digest of which ones they are; a run whose data has changed is not resumed.
     """
 
     def __init__(
@@ -76,15 +63,16 @@ class Trainer:
         *,
         valid: Callable[[], Iterable[Any]] | None = None,
         flops_per_token: float = 0.0,
+        order: Callable[[int], str] = lambda samples: "",
     ) -> None:
         self.model, self.objective, self.steps, self.config, self.ranks = model, objective, steps, config, ranks
         self.valid = valid if config.eval_batches else None
-        self.flops_per_token = flops_per_token
+        self.flops_per_token, self.order = flops_per_token, order
         self.optimizer = build_optimizer(model, config.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.clock = Clock(ranks.device, dispatch_traffic(model))
         self.checkpoints = Checkpointer(
-            Path(config.run_dir) / "checkpoints",
+            Path(config.run_dir) / CHECKPOINTS,
             to_dict(config)["model"],
             keep=config.checkpoint.keep,
             asynchronous=config.checkpoint.asynchronous,
@@ -92,6 +80,7 @@ class Trainer:
         self.progress = Progress(world=ranks.world)
         self.bad_in_a_row = 0
         self._per: dict[str, str] = {}
+        self._counted: list[str] = []
         self._failed: tuple[list[Any], dict[str, float]] = ([], {})
 
     def run(self) -> Summary:
@@ -103,7 +92,7 @@ class Trainer:
             ArithmeticError: too many steps in a row were not finite.
         """
         config, valid_loss, stop = self.config, None, False
-        peak = self._peak()
+        peak = peak_of_all(self.ranks.device, getattr(torch, config.parallel.dtype))
         with self._writer() as writer, StopRequest() as request:
             data = iter(self.steps(self.progress.samples))
             while not self.finished and not stop:
@@ -126,6 +115,11 @@ class Trainer:
             name = signal.Signals(request.signal).name if request.signal else "a signal on another rank"
             self.ranks.log.info(f"{name}: saved at step {self.progress.step}; the same command goes on from there")
         return Summary(self.progress, self.finished, valid_loss)
+
+    def where(self) -> str:
+        """Where the run stands, for a sentence."""
+        span = self.clock.current
+        return f"at step {self.progress.step + 1}{f' in {span}' if span else ''}"
 
     @property
     def finished(self) -> bool:
@@ -169,10 +163,7 @@ class Trainer:
         """
         config = self.config
         with self.clock.span("data"):
-            batches = next(data, None)
-            if batches is None:
-                where = f"step {self.progress.step} of {config.total_steps}, at {self.progress.samples} samples"
-                raise ValueError(f"the data ended after {where}: keep the batch_size of the run, or give more steps")
+            batches = next(data, [])
             counts = self._global_counts(batches)
         self.model.train()
         seed_noise(self.model, config.seed, self.progress.step, self.ranks.rank)
@@ -198,11 +189,21 @@ class Trainer:
         return totals
 
     def _global_counts(self, batches: list[Any]) -> dict[str, float]:
+        """The counts of the step's terms over all ranks.
+
+        Raises:
+            ValueError: on every rank, when the data of one has ended.
+        """
         parts = [self.objective.counts(batch) for batch in batches]
-        names = list(parts[0])
-        local = torch.stack([sum((part[n].double() for part in parts), torch.zeros(())) for n in names])
-        whole = all_reduce_sum(local.to(self.ranks.device)) / self.config.parallel.tp  # its ranks have the same batch
-        return dict(zip(names, whole.tolist(), strict=True))
+        self._counted = list(parts[0]) if parts else self._counted
+        local = [sum((part[n].double() for part in parts), torch.zeros(())) for n in self._counted]
+        told = torch.stack([torch.tensor(float(not parts)), *local]).double()
+        ended, *counts = all_reduce_sum(told.to(self.ranks.device)).tolist()
+        if ended:
+            where = f"step {self.progress.step} of {self.config.total_steps}, at {self.progress.samples} samples"
+            raise ValueError(f"the data ended after {where}: keep the batch_size of the run, or give more steps")
+        copies = self.config.parallel.tp  # ranks that have the same batch
+        return {name: count / copies for name, count in zip(self._counted, counts, strict=True)}
 
     def _accumulate(
         self, batches: list[Any], counts: dict[str, float]
@@ -215,9 +216,9 @@ class Trainer:
             history = tuple(s.asked_E for s in stats) if stats else None
             with self.clock.span("forward"):
                 losses = self.objective(self.model, batch, history)
-                total = _total(losses.terms, counts)
+                loss = total(losses.terms, counts)
             with self.clock.span("backward"):
-                total.backward()
+                loss.backward()
             for name, term in losses.terms.items():
                 value = term.value.detach().double()
                 sums[name] = sums[name] + value if name in sums else value
@@ -290,6 +291,8 @@ class Trainer:
             stored, whole = self.checkpoints.load(path, training_state(self.model, self.optimizer), noise)
             if whole and stored.world == self.ranks.world:
                 set_random_state(noise, device)
+            if self.config.checkpoint.resume == "auto":
+                same_order(path, stored, self.order(stored.samples))
             self.progress = replace(stored, world=self.ranks.world)
             log.info(f"resumed from {path}, step {stored.step}")
         for name in self.checkpoints.set_aside(path, self.progress.step):
@@ -298,7 +301,8 @@ class Trainer:
     def save(self) -> None:
         """Begins a checkpoint. One that could not be written is told of; the run goes on without it."""
         state = training_state(self.model, self.optimizer) | random_state(self.ranks.rank, self.ranks.device)
-        problem = self.checkpoints.save(state, self.progress)
+        order = self.order(self.progress.samples) if self.ranks.first else ""
+        problem = self.checkpoints.save(state, replace(self.progress, order=order))
         if problem and self.ranks.first:
             self.ranks.log.warning(problem)
 
@@ -307,7 +311,7 @@ class Trainer:
 
         def run() -> Tensor:
             return torch.stack(
-                [_total(self.objective(self.model, batch, None).terms, counts) for batch in batches]
+                [total(self.objective(self.model, batch, None).terms, counts) for batch in batches]
             ).sum()
 
         layer = first_bad_layer(self.model, run)
@@ -317,14 +321,3 @@ class Trainer:
             f"{self.progress.step}; the first bad numbers are in {layer}; lower optim.lr or look at the data there, "
             "and start again from the last checkpoint"
         )
-
-    def _peak(self) -> float:
-        """FLOP/s of all ranks together."""
-        dtype = getattr(torch, self.config.parallel.dtype)
-        own = torch.tensor(peak_flops(self.ranks.device, dtype), dtype=torch.float64, device=self.ranks.device)
-        return float(all_reduce_sum(own))
-
-
-def _total(terms: dict[str, Term], counts: dict[str, float]) -> Tensor:
-    parts = [t.value * (t.weight / max(counts[t.per], 1)) for t in terms.values() if t.weight]
-    return torch.stack(parts).sum()

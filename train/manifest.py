@@ -11,6 +11,8 @@ from typing import Any
 MANIFEST = "manifest.json"
 FORMAT = 2
 PREFIX = "step_"
+CHECKPOINTS = "checkpoints"
+"""The folder of a run directory that holds them."""
 # What a model may change between two starts without being another model.
 _FREE = {"init_std", "aux_weight", "aux_scope", "z_weight", "bias_update", "noise", "jitter_eps", "second_expert"}
 _FREE |= {"capacity_factor", "eval_capacity_factor", "min_capacity", "drop_policy"}
@@ -29,6 +31,8 @@ class Progress:
     samples: int = 0
     skipped: int = 0
     world: int = 1
+    order: str = ""
+    """Of the samples so far, a digest; "": not told."""
 
 
 def step_directory(directory: Path, step: int) -> Path:
@@ -43,6 +47,17 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """Checkpoint directories, newest first, whole or not."""
     found = [p for p in directory.glob(f"{PREFIX}*") if p.is_dir() and p.name[len(PREFIX) :].isdigit()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def candidates(directory: Path, resume: str) -> list[Path]:
+    """What a run may start from under the setting `resume`, best first: `directory` holds its own checkpoints."""
+    if resume == "never":
+        return []
+    if resume == "auto":
+        return list_checkpoints(directory)
+    asked = Path(resume)
+    inside = [] if (asked / MANIFEST).exists() else list_checkpoints(asked / CHECKPOINTS) or list_checkpoints(asked)
+    return inside or [asked]
 
 
 def digest(path: Path) -> str:
@@ -117,15 +132,27 @@ def same_model(path: Path, there: dict[str, Any], here: dict[str, Any], prefix: 
             )
 
 
+def same_order(path: Path, stored: Progress, order: str) -> None:
+    """A run must go on in the order of samples in which it began.
+
+    Raises:
+        CheckpointError: the first samples, as `order` digests them, are not those that the checkpoint has seen.
+    """
+    if stored.order and order and stored.order != order:
+        raise CheckpointError(
+            f"checkpoint {path} has seen other samples than this run begins with: the data, the seed, seq_len or the "
+            "length of the run was changed (another number of epochs has another order); change it back, or give "
+            f"--checkpoint.resume {path} to go on in the new order"
+        )
+
+
 def refuse_other_model(directory: Path, resume: str, model: dict[str, Any]) -> None:
     """A first look before anything is built: the checkpoint that a run would start from must hold its model.
 
     Raises:
         CheckpointError: it holds another one.
     """
-    if resume == "never":
-        return
-    for path in list_checkpoints(directory) if resume == "auto" else [Path(resume)]:
+    for path in candidates(directory, resume):
         try:
             there = read_manifest(path)["model"]
         except CheckpointError:

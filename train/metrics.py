@@ -9,12 +9,26 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..moe.gate import Stats
 from ..moe.metrics import loads, summarize
 
 METRICS = "metrics.jsonl"
+
+
+class Totals(NamedTuple):
+    """One step, summed over micro-batches and ranks."""
+
+    norm: float
+    losses: dict[str, float]
+    """Each term divided by its count, without its weight."""
+    stats: tuple[Stats, ...]
+    stop: bool
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.norm, *self.losses.values())))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

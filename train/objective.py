@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..moe.config import GateConfig
@@ -19,6 +20,12 @@ class Term(NamedTuple):
     weight: float
     per: str
     """The name of the count that divides it, summed over the whole global batch."""
+
+
+def total(terms: dict[str, Term], counts: dict[str, float]) -> Tensor:
+    """The loss of a micro-batch: each term times its weight, over its count."""
+    parts = [t.value * (t.weight / max(counts[t.per], 1)) for t in terms.values() if t.weight]
+    return torch.stack(parts).sum()
 
 
 class Losses(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig, check, to_dict
-from .manifest import refuse_other_model
+from .manifest import CHECKPOINTS, refuse_other_model
 from .recipes import RECIPES
 
 USAGE = """usage: python -m coterie.train.pretrain RECIPE [--leaf value ...]
@@ -39,11 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(PATIENCE)
         print(f"coterie: {_sentence(error)}", file=sys.stderr, flush=True)
         return 2
-    except RuntimeError:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            # Most likely a collective with a rank that failed and has told why: torchrun ends this one meanwhile.
-            time.sleep(2 * PATIENCE)
-        raise
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        # Most likely a collective with a rank that failed and has told why: torchrun ends this one meanwhile.
+        time.sleep(2 * PATIENCE)
+        if not any(name in str(error) for name in ("gloo", "NCCL")) or os.environ.get("COTERIE_TRACEBACK"):
+            raise
+        print(f"coterie: rank {os.environ['RANK']} has lost another rank: {_sentence(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the loop, which handles signals itself
         return 130
     return 0
@@ -152,7 +156,7 @@ def refuse(config: TrainConfig, world: int) -> None:
         ValueError: a config that does not fit, by itself or on so many ranks, or a checkpoint of another model.
     """
     check(config, world)
-    refuse_other_model(Path(config.run_dir) / "checkpoints", config.checkpoint.resume, to_dict(config)["model"])
+    refuse_other_model(Path(config.run_dir) / CHECKPOINTS, config.checkpoint.resume, to_dict(config)["model"])
 
 
 if __name__ == "__main__":

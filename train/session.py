@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -19,10 +20,12 @@ from ..models.tokenizer import Tokenizer
 from ..models.weights import save_model
 from ..parallel.launch import Ranks, init_ranks
 from ..parallel.mesh import build_mesh
+from ..parallel.watchdog import Watchdog
 from .config import TrainConfig, exchanging, layout, to_dict
 from .data import Batch, batches, build_datasets
 from .environment import describe_environment
 from .export import tokenizer_path
+from .lives import only_writer
 from .loop import Summary, Trainer
 from .manifest import CheckpointError
 from .objective import LanguageModelling
@@ -38,7 +41,8 @@ def run(config: TrainConfig) -> Summary:
     device = config.parallel.device
     ranks = init_ranks(None if device == "auto" else device)
     try:
-        return _run(config, ranks)
+        with only_writer(Path(config.run_dir)) if ranks.first else contextlib.nullcontext():
+            return _run(config, ranks)
     finally:
         ranks.shutdown()
 
@@ -68,18 +72,20 @@ def _run(config: TrainConfig, ranks: Ranks) -> Summary:
         ranks,
         valid=data.valid,
         flops_per_token=flops_per_token(config.model, config.seq_len),
+        order=data.order,
     )
-    trainer.resume()
-    if ranks.first:
-        _describe(config, ranks)
     export = partial(save_model, Path(config.run_dir) / "model", model, data.tokenizer)
-    try:
-        summary = trainer.run()
-    except CheckpointError:
-        if trainer.finished:  # the weights are a third of what did not fit, and are what the run was for
-            with contextlib.suppress(OSError):
-                export()
-        raise
+    with Watchdog(ranks.rank, config.parallel.timeout_s, Path(config.run_dir) / "hang", trainer.where):
+        trainer.resume()
+        if ranks.first:
+            _describe(config, ranks)
+        try:
+            summary = trainer.run()
+        except CheckpointError:
+            if trainer.finished:  # the weights are a third of what did not fit, and are what the run was for
+                with contextlib.suppress(OSError):
+                    export()
+            raise
     if summary.finished:
         export()
     return summary
@@ -136,6 +142,14 @@ class Data:
         flow = self._flow(self.train_set, consumed)
         while step := list(islice(flow, self.per_step)):
             yield step
+
+    def order(self, consumed: int) -> str:
+        """A digest of which samples were the first so many: of those at 0, 1, 2, 4, ... and of the last one."""
+        digest = hashlib.sha256()
+        for sample in sorted({0, consumed - 1, *(1 << n for n in range(consumed.bit_length()))}):
+            if 0 <= sample < consumed:
+                digest.update(self.train_set[sample]["tokens"].numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def valid(self) -> Iterator[Batch]:
         return islice(self._flow(self.valid_set, 0), self.config.eval_batches * self.per_step)
