@@ -1,0 +1,158 @@
+"""What a layout sends in one optimizer step, and how long it takes, by formula: bytes and messages of one rank.
+
+Bytes are those that a rank sends; it receives as many. Collectives are rings (n - 1 messages, NCCL's for all-gather
+and reduce-scatter); the all-to-all is flat (one message to each other rank). Routing is taken as uniform.
+
+D model, K choices.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import astuple, dataclass
+from functools import cache
+from typing import NamedTuple
+
+from ..models.config import ModelConfig
+from ..parallel.layout import Layout
+from .machines import Machine
+from .plan_memory import Group, Run, groups, layers
+
+
+class Span(NamedTuple):
+    """A group of ranks as the nodes see it; of groups that lie differently, the worst."""
+
+    ranks: int
+    nodes: int
+    """Nodes that a group touches."""
+    remote: float
+    """Share of a group that a rank finds on other nodes, averaged over its ranks."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """All collectives of one kind in a step, of one rank."""
+
+    calls: float = 0
+    messages: float = 0
+    sent: float = 0
+    """Bytes to other ranks."""
+    inter: float = 0
+    """Of these, bytes that leave the node."""
+    seconds: float = 0
+
+    def __add__(self, other: Flow) -> Flow:
+        return Flow(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, number: float) -> Flow:
+        """So many of these."""
+        return Flow(*(number * value for value in astuple(self)))
+
+
+class Traffic(NamedTuple):
+    """One step of one rank."""
+
+    gather: Flow
+    """FSDP's all-gathers of weights."""
+    reduce: Flow
+    """FSDP's reduce-scatters of gradients, and HSDP's all-reduces of their shards."""
+    tensor: Flow
+    """Gathers and scatters of the sequence over tp."""
+    exchange: Flow
+    """All-to-alls of tokens, and the gathers and scatters of their rows over etp."""
+
+
+@cache
+def span(world: int, ranks: int, stride: int, node: int) -> Span:
+    """The groups {first, first + stride, ...} of `ranks` ranks, when a node holds `node` consecutive ones."""
+    nodes, remote = 1, 0.0
+    for start in range(0, world, ranks * stride):
+        for first in range(start, start + stride):
+            here = Counter(rank // node for rank in range(first, first + ranks * stride, stride))
+            nodes = max(nodes, len(here))
+            remote = max(remote, 1 - sum(n * n for n in here.values()) / ranks**2)
+    return Span(ranks, nodes, remote)
+
+
+def ring(where: Span, shard: float, machine: Machine, *, rounds: int = 1) -> Flow:
+    """An all-gather of, or a reduce-scatter to, `shard` bytes of each rank; rounds=2: an all-reduce of n shards.
+
+    A ring leaves a node once; the ring's ranks of a node share their nodes' links between as many rings.
+    """
+    n = where.ranks
+    if n == 1:
+        return Flow()
+    messages, sent = rounds * (n - 1), rounds * (n - 1) * shard
+    crossing = where.nodes - 1
+    hops = crossing * machine.inter_latency + (n - 1 - crossing) * machine.intra_latency
+    local = n / where.nodes
+    slowest = sent / machine.intra if local > 1 else 0.0
+    inter = sent / local if where.nodes > 1 else 0.0
+    return Flow(1, messages, sent, inter, machine.launch + rounds * hops + max(slowest, inter / machine.inter))
+
+
+def all_to_all(where: Span, payload: float, machine: Machine) -> Flow:
+    """`payload` bytes of every rank, spread evenly over the group: the share to itself is not sent."""
+    n = where.ranks
+    if n == 1:
+        return Flow()
+    inter, sent = payload * where.remote, payload * (n - 1) / n
+    far = where.remote * n
+    latency = machine.launch + far * machine.inter_latency + (n - 1 - far) * machine.intra_latency
+    return Flow(1, n - 1, sent, inter, latency + max((sent - inter) / machine.intra, inter / machine.inter))
+
+
+def traffic(config: ModelConfig, layout: Layout, run: Run, machine: Machine, node: int) -> Traffic:
+    """All that one rank sends in a step."""
+    gather, reduce, exchange = Flow(), Flow(), Flow()
+    for layer, number in [*layers(config), (None, 1)]:
+        for group in groups(config, layout, layer, run.work):
+            fetches = run.micros * (2 if run.reshard and layer is not None else 1)
+            one, other = _sharded(group, layout, run, machine, node)
+            gather += one.times(number * fetches)
+            reduce += other.times(number * (run.micros if run.sync_every_micro else 1))
+        if layer is not None and config.experts_of(layer):
+            exchange += _experts(config, layout, config.experts_of(layer), run, machine, node).times(number)
+    return Traffic(gather, reduce, _tensor(config, layout, run, machine, node), exchange)
+
+
+def _sharded(group: Group, layout: Layout, run: Run, machine: Machine, node: int) -> tuple[Flow, Flow]:
+    """One all-gather of a group's weights, and one reduction of its gradients (fp32)."""
+    where = span(layout.world, group.ranks, group.stride, node)
+    gather = ring(where, group.shard * (4 if group.wide else run.work), machine)
+    reduce = ring(where, 4 * group.shard, machine)
+    copies = span(layout.world, group.copies, group.copy_stride, node)
+    return gather, reduce + ring(copies, 4 * group.shard / group.copies, machine, rounds=2)
+
+
+def _tensor(config: ModelConfig, layout: Layout, run: Run, machine: Machine, node: int) -> Flow:
+    """Sequence-parallel tp: a gather at the entry and a scatter at the exit of attention and of a dense MLP, and the
+    same in backward; a scatter after the embedding and a gather before the head, and back. The loss all-reduces
+    three fp32 numbers a token (maximum, sum of exponentials, the target's logit). A repeated forward pass does it
+    again, but for a dense MLP's exit, on which nothing else depends.
+    """
+    if layout.tp == 1:
+        return Flow()
+    where = span(layout.world, layout.tp, 1, node)
+    slice_bytes = run.tokens // layout.tp * config.dim * run.work
+    dense = sum(config.experts_of(layer) == 0 for layer in range(config.layers))
+    again = 2 * config.layers + dense if run.recompute else 0
+    calls = 4 * (config.layers + dense) + again + 4
+    loss = ring(where, 4 * run.tokens / layout.tp, machine, rounds=2).times(3)
+    return (ring(where, slice_bytes, machine).times(calls) + loss).times(run.micros)
+
+
+def _experts(config: ModelConfig, layout: Layout, experts: int, run: Run, machine: Machine, node: int) -> Flow:
+    """One MoE layer: rows go and come back, forward and backward, and the counts (int64) go once; a repeated forward
+    pass does its part again. Under etp every slice of an expert gets its rows: those that came are gathered over
+    the slices, and what the slices made is summed and scattered.
+    """
+    spread = layout.experts(experts)
+    rows = run.tokens // layout.tp * config.moe.top_k
+    payload = rows * config.dim * run.work
+    passes = 2 if run.recompute else 1
+    where = span(layout.world, spread.ep, spread.etp, node)
+    counts = all_to_all(where, 8 * experts, machine).times(passes)
+    moved = all_to_all(where, payload, machine).times(2 * passes + 2) + counts
+    slices = span(layout.world, spread.etp, 1, node)
+    return (moved + ring(slices, payload, machine).times(2 * passes + 2)).times(run.micros)
