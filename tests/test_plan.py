@@ -90,11 +90,25 @@ def test_the_inventory_is_the_model(config: ModelConfig) -> None:
     assert found.total() == count_params(config).total
 
 
+def _parameters(config: ModelConfig) -> list[tuple[str, torch.Tensor]]:
+    """Those of the meta model; queries (H, d, ...) and keys with values (2, G, d, ...) apart."""
+    heads, keys, width = config.heads, config.num_kv_heads, config.width_per_head
+    found: list[tuple[str, torch.Tensor]] = []
+    for name, parameter in GPT(config, device="meta").named_parameters():
+        if ".qkv." in name:
+            q, kv = parameter.split((heads * width, 2 * keys * width))
+            found.append((name.replace("qkv", "q"), q.unflatten(0, (heads, width))))
+            found.append((name.replace("qkv", "kv"), kv.unflatten(0, (2, keys, width))))
+        else:
+            found.append((name, parameter))
+    return found
+
+
 def _shard_by_hand(config: ModelConfig, layout: Layout) -> int:
     """Elements that rank 0 holds: the meta model's own parameters, cut with torch.chunk as the layout says."""
     total = 0
     flat = layout.dp_shard * layout.tp
-    for name, parameter in GPT(config, device="meta").named_parameters():
+    for name, parameter in _parameters(config):
         leaf, cuts, ranks = name.rpartition(".")[2], {}, flat
         block = int(name.split(".")[1]) if name.startswith("blocks.") else None
         dense = block is not None and not config.experts_of(block)
@@ -109,7 +123,7 @@ def _shard_by_hand(config: ModelConfig, layout: Layout) -> int:
         elif ".attention." in name or (dense and ".mlp." in name) or name.startswith(("embed.", "head.")):
             ranks = layout.dp_shard
             whole = leaf == "b_out" or "_norm" in name or name.endswith("out.bias")
-            second = leaf in ("w_in", "b_in", "w_out") or name.endswith("out.weight")
+            second = leaf in ("w_in", "b_in", "w_out") or name.endswith("out.weight") or ".kv." in name
             cuts = {} if whole else {int(second): layout.tp}
         local = parameter
         for dim, ways in cuts.items():
