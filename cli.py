@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
@@ -73,12 +72,9 @@ def pretrain(
         overrides: --leaf value pairs, handed on.
         ranks: Processes on this machine.
     """
-    if ranks < 1:
-        raise ValueError(f"--ranks {ranks} is not a number of processes: give 1 or more")
-    run = ["-m", "coterie.train.pretrain", recipe, *overrides]
-    if ranks > 1:
-        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *run]
-    raise SystemExit(subprocess.call([sys.executable, *run]))
+    from .train.launch import launch
+
+    raise SystemExit(launch(ranks, [recipe, *overrides]))
 
 
 def plan(

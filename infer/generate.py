@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.gpt import GPT
+from ..models.tensor_files import has_weights
 from ..models.tokenizer import TextStream, Tokenizer
 from ..models.weights import load_model
 from ..moe.experts import Experts
@@ -46,6 +47,8 @@ def generate(
     """
     config = model.config
     check_sampling(temperature, top_k, top_p)
+    if tokens_BS.dim() != 2:
+        raise ValueError(f"prompts of shape {list(tokens_BS.shape)} are not (batch, tokens): give a row for each")
     batch, prompt = tokens_BS.shape
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be 1 or more")
@@ -82,6 +85,8 @@ def _steps(
         with torch.inference_mode():
             logits_BSV = model(feed_BS, cache=cache, logits_to_keep=1).logits_BSV
             cache.advance(feed_BS.shape[1])
+            if cache.length == prompt and not bool(logits_BSV.isfinite().all()):
+                raise ValueError("the model's logits are not finite: its weights are damaged, or dtype is too narrow")
             next_B = sample(logits_BSV[:, -1], *sampling, generator)
             if eos_id is not None:
                 next_B = torch.where(ended_B, eos_id, next_B)
@@ -104,22 +109,30 @@ def open_model(
 
     Raises:
         FileNotFoundError: the directory holds no model; the message says what was found instead.
-        ValueError: its files do not fit together.
+        ValueError: its files do not fit together, or there is no such device.
     """
-    folder = _model_folder(Path(path))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(folder, device=device, dtype=dtype)
-    has_tokenizer = (folder / "tokenizer.json").exists()
-    return model.eval(), Tokenizer(folder) if has_tokenizer else None
+    folder, at = _model_folder(Path(path)), _device(device)
+    # The small file first: a damaged one is told before the weights are read.
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    return load_model(folder, device=at, dtype=dtype).eval(), tokenizer
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is not one of cpu, cuda") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
 
 
 def _model_folder(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: give a model directory or a run directory")
-    if (path / "model.safetensors").exists():
-        return path
-    if (path / "model" / "model.safetensors").exists():
-        return path / "model"
+    for folder in (path, path / "model"):
+        if has_weights(folder):
+            return folder
     if (path / "metrics.jsonl").exists() or (path / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"the run in {path} has not written its model/ yet: it does so at its end, so resume it and let it finish"
@@ -152,6 +165,10 @@ def stream_text(
     for module in model.modules():
         if isinstance(module, Experts):
             module.pack()
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # how Python hands over bytes of a command line that are no UTF-8
+        raise ValueError("the prompt is not UTF-8 text: change its encoding") from None
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     stream = TextStream(tokenizer)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

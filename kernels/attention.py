@@ -55,7 +55,7 @@ class _Folded:
 
     def __init__(self, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor) -> None:
         self.groups = k_BSGd.shape[2]
-        self.sequence, self.heads, self.width = q_BSHd.shape[1:]
+        self.batch, self.sequence, self.heads, self.width = q_BSHd.shape
         self.repeat = self.heads // self.groups
         self.q, self.k, self.v = self.rows(q_BSHd), self.rows(k_BSGd), self.rows(v_BSGd)
         self.scale = self.width**-0.5
@@ -65,14 +65,14 @@ class _Folded:
 
     def rows(self, x_BSHd: Tensor) -> Tensor:
         """(B, S, H, d) to (N, S * R, d)."""
-        batch, sequence, heads, width = x_BSHd.shape
-        apart = x_BSHd.reshape(batch, sequence, self.groups, heads // self.groups, width).transpose(1, 2)
-        return apart.reshape(batch * self.groups, -1, width)
+        repeat = x_BSHd.shape[2] // self.groups
+        apart = x_BSHd.reshape(self.batch, self.sequence, self.groups, repeat, self.width).transpose(1, 2)
+        return apart.reshape(self.batch * self.groups, self.sequence * repeat, self.width)
 
-    def heads_of(self, rows_Nrd: Tensor) -> Tensor:
-        """(N, S * R, d) back to (B, S, H, d)."""
-        apart = rows_Nrd.view(-1, self.groups, self.sequence, rows_Nrd.shape[1] // self.sequence, self.width)
-        return apart.transpose(1, 2).reshape(apart.shape[0], self.sequence, -1, self.width).contiguous()
+    def heads_of(self, rows_Nrd: Tensor, heads: int) -> Tensor:
+        """(N, S * R, d) back to (B, S, H, d), for R = H / G."""
+        apart = rows_Nrd.view(self.batch, self.groups, self.sequence, heads // self.groups, self.width)
+        return apart.transpose(1, 2).reshape(self.batch, self.sequence, heads, self.width).contiguous()
 
     def blocks(self) -> list[tuple[slice, int]]:
         """Rows of each block of queries, and the number of keys that its last query sees."""
@@ -94,7 +94,7 @@ def _attention(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor) -> Tensor:
     o = torch.empty(folded.q.shape, dtype=q_BSHd.dtype)
     for rows, keys in folded.blocks():
         o[:, rows] = torch.bmm(folded.probs(rows, keys), folded.v[:, :keys])
-    return folded.heads_of(o)
+    return folded.heads_of(o, folded.heads)
 
 
 @torch.library.custom_op("coterie::causal_attention_backward", mutates_args=())
@@ -115,7 +115,8 @@ def _attention_backward(
         dk[:, :keys] += torch.bmm(ds.mT, folded.q[:, rows])
         dv[:, :keys] += torch.bmm(p.mT, do[:, rows])
     dk, dv = dk.to(q_BSHd.dtype), dv.to(q_BSHd.dtype)
-    return folded.heads_of(dq), folded.heads_of(dk), folded.heads_of(dv)
+    groups = folded.groups
+    return folded.heads_of(dq, folded.heads), folded.heads_of(dk, groups), folded.heads_of(dv, groups)
 
 
 @_attention.register_fake

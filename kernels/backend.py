@@ -7,12 +7,17 @@ for a block. `interpret` runs the Triton kernels on CPU tensors through Triton's
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 NAMES = ("reference", "torch", "triton", "interpret")
 _forced: str | None = os.environ.get("COTERIE_BACKEND") or None
@@ -40,6 +45,17 @@ else:  # macOS and Windows: the torch path alone
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit` where Triton exists; elsewhere the function itself, which is then never launched."""
     return triton.jit(function) if HAS_TRITON else function
+
+
+def on_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Makes the device of a launcher's first argument the current one: Triton launches there, on its stream."""
+
+    @functools.wraps(launcher)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):
+            return launcher(*args, **kwargs)
+
+    return launch
 
 
 def choose(*tensors: Tensor) -> str:

@@ -48,8 +48,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < _LARGE:
         return torch.empty(shape, dtype=dtype)
-    blocks = _free.get(size)
-    block = blocks.pop() if blocks else np.empty(size + 64, np.uint8)
+    try:
+        block = _free[size].pop()  # one step: another thread may take the last one
+    except (KeyError, IndexError):
+        block = np.empty(size + 64, np.uint8)
     first = -block.ctypes.data % 64
     view = block[first : first + size]
     weakref.finalize(view, _keep, size, block).atexit = False
@@ -57,5 +59,6 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _keep(size: int, block: np.ndarray) -> None:
-    if size + sum(length * len(blocks) for length, blocks in _free.items()) <= _KEEP:
+    # A copy: collecting garbage may call this again in the midst of the sum.
+    if size + sum(length * len(blocks) for length, blocks in list(_free.items())) <= _KEEP:
         _free.setdefault(size, []).append(block)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu_gemm
-from .backend import choose, jit, tl, triton
+from .backend import choose, jit, on_device, tl, triton
 
 _CACHED = 1 << 20  # logits that a CPU's cache holds in fp32
 
@@ -33,7 +33,8 @@ def linear_cross_entropy(
     """SUM over counted tokens of -log softmax(w x_t)[target_t].
 
     x_TD and w_VD of one dtype, in which the head's products run; the softmax, the loss and the sum of w's gradient
-    over chunks are fp32 (fp64 for fp64). targets_T int64 in [0, V), or ignore_index: not counted, no gradient.
+    over chunks are fp32 (fp64 for fp64). targets_T int64 in [0, V), or ignore_index: not counted, no gradient. Any
+    other target is refused by torch, and on CUDA, where looking would wait, makes the loss NaN.
     chunk: tokens whose logits exist at a time; None: what runs fastest. Returns an fp32 scalar, 0 for no tokens.
     Gradients of gradients are not defined.
     """
@@ -161,6 +162,8 @@ def _loss_kernel(logits, targets, loss, V, ignore_index, GRAD: tl.constexpr, BLO
     z = logits + row * V
     target = tl.load(targets + row)
     counted = target != ignore_index
+    # Read before the sums, whose barriers keep another thread's gradient from taking its place.
+    hit = tl.load(z + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     v = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -173,7 +176,6 @@ def _loss_kernel(logits, targets, loss, V, ignore_index, GRAD: tl.constexpr, BLO
         top = higher
     best = tl.max(top, axis=0)
     log_sum = best + tl.log(tl.sum(total * tl.exp(top - best), axis=0))
-    hit = tl.load(z + tl.where(counted, target, 0)).to(tl.float32)
     tl.store(loss + row, tl.where(counted, log_sum - hit, 0.0))
     if GRAD:
         for first in range(0, V, BLOCK):
@@ -184,6 +186,7 @@ def _loss_kernel(logits, targets, loss, V, ignore_index, GRAD: tl.constexpr, BLO
             tl.store(z + first + v, gradient.to(logits.dtype.element_ty), mask=keep)
 
 
+@on_device
 def _run_triton(
     x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, ignore_index: int, chunk: int, need: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:

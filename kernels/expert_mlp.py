@@ -43,8 +43,9 @@ def expert_mlp(
     Raises:
         ValueError: an activation or a shape does not fit.
     """
-    _check(x_TD, plan, w_in_END, w_out_EDF, weights_TK, b_in_EN, b_out_ED, activation)
-    if choose(x_TD, w_in_END) == "reference":
+    check(x_TD, plan, w_in_END, w_out_EDF, weights_TK, b_in_EN, b_out_ED, activation)
+    backend = choose(x_TD, w_in_END)
+    if backend == "reference" or (backend == "torch" and x_TD.is_cuda):  # torch's own way is a CPU's
         return expert_mlp_reference(
             x_TD,
             plan,
@@ -93,7 +94,7 @@ def expert_mlp_reference(
     return y_TKD.sum(1).to(x_TD.dtype)
 
 
-def _check(
+def check(
     x_TD: Tensor,
     plan: Plan,
     w_in_END: Tensor,
@@ -103,6 +104,7 @@ def _check(
     b_out_ED: Tensor | None,
     activation: str,
 ) -> None:
+    """Raises ValueError when these are no operands of `expert_mlp`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     experts, dim, hidden = w_out_EDF.shape

@@ -98,10 +98,11 @@ class Rows:
         return F.embedding_bag(self.slot_TK, y_RD, mode="sum", per_sample_weights=weights_TK)
 
     def weights(self, weights_TK: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Each row's combine weight as a column."""
+        """Each row's combine weight as a column, zero in an empty row."""
         if weights_TK is None:
             return None
-        return weights_TK.flatten()[self.source_R.clamp(min=0)].to(dtype)[:, None]
+        weights_R = weights_TK.flatten()[self.source_R.clamp(min=0)].to(dtype)
+        return weights_R.index_fill_(0, self.empty, 0)[:, None]
 
     def scatter(self, values_R: Tensor) -> Tensor:
         """Each row's value where its assignment is in (T, K); zero where that was dropped."""
@@ -194,7 +195,8 @@ def backward(
     db_in = None if b_in_EN is None else torch.zeros_like(b_in_EN)
     db_out = None if b_out_ED is None else torch.zeros_like(b_out_ED)
     _, dim, hidden = w_out_EDF.shape
-    dx_RD, dweights_R = empty((rows.used, dim), dtype), torch.zeros(rows.used)
+    wide = torch.promote_types(dtype, torch.float32)
+    dx_RD, dweights_R = empty((rows.used, dim), dtype), torch.zeros(rows.used, dtype=wide)
     scratch = [empty((rows.most, width), dtype) for width in (dim, dim, hidden, hidden, hidden, z_RN.shape[1])]
     for block, parts in rows.blocks():
         x_SD, dy_SD, da_SF, silu_SF, a_SF, dz_SN = (buffer[: block.stop - block.start] for buffer in scratch)
@@ -205,7 +207,7 @@ def backward(
             matmul(dy_SD[part], w_out[e], da_SF[part])
         activate(z_SN, activation, a_SF, silu_SF)
         if weights_R1 is not None:
-            torch.sum(torch.mul(da_SF, a_SF, out=dz_SN[:, :hidden]), 1, dtype=torch.float32, out=dweights_R[block])
+            torch.sum(torch.mul(da_SF, a_SF, out=dz_SN[:, :hidden]), 1, dtype=wide, out=dweights_R[block])
             if b_out_ED is not None:
                 for e, part in parts:
                     dweights_R[block][part] += dy_SD[part] @ b_out_ED[e]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import choose
+from .expert_mlp import check
 from .expert_mlp_cpu import Rows, activate
 from .permute import Plan
 
@@ -17,7 +18,7 @@ _ROWS = 64  # the pack is laid out for products of about so many rows; any numbe
 
 
 class PackedExperts:
-    """A second copy of stacked weights, good until the first copy changes."""
+    """A second copy of stacked weights, good until the first copy changes. A write through `.data` is not seen."""
 
     def __init__(self, w_in_END: Tensor, w_out_EDF: Tensor, activation: str) -> None:
         self._of = (w_in_END.detach(), w_out_EDF.detach())  # held, so that no other tensor gets their address
@@ -29,6 +30,9 @@ class PackedExperts:
         """Whether these are the packed weights, not written to since."""
         return self._state == _state(w_in_END, w_out_EDF)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        """A copied module has weights of its own, and so no pack."""
+
     def __call__(
         self,
         x_TD: Tensor,
@@ -38,6 +42,7 @@ class PackedExperts:
         b_out_ED: Tensor | None = None,
     ) -> Tensor:
         """`expert_mlp` of the packed weights: (T, D) -> (T, D), no gradient."""
+        check(x_TD, plan, *self._of, weights_TK, b_in_EN, b_out_ED, self._activation)
         rows = Rows(*plan)
         y_RD = x_TD.new_empty(rows.used, x_TD.shape[1])
         x_MD = x_TD.new_empty(rows.most, x_TD.shape[1])

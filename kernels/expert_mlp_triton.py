@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import jit, tl
+from .backend import jit, on_device, tl
 from .expert_sums_triton import choice_sums, column_sums
 from .grouped_gemm_triton import (
     GROUP,
@@ -223,6 +223,7 @@ def _constants(w_out: Tensor, choices: int, activation: str) -> dict[str, Any]:
     return {**shapes, "K": choices, "V": lanes(w_out.shape[0]), "GATED": activation == "swiglu", "GROUP": GROUP}
 
 
+@on_device
 def forward(
     x_TD: Tensor,
     source_R: Tensor,
@@ -240,24 +241,23 @@ def forward(
     rows = source_R.shape[0]
     z_RN, a_RF = _like(x_TD, rows, w_in_END.shape[1]), _like(x_TD, rows, hidden)
     if z_RN.numel():
-        with torch.cuda.device_of(x_TD):
-            _up_kernel[ragged_grid(x_TD.device, rows, experts, hidden)](
-                x_TD.contiguous(),
-                w_in_END.contiguous(),
-                None if b_in_EN is None else b_in_EN.contiguous(),
-                source_R.contiguous(),
-                counts_E.contiguous(),
-                z_RN,
-                a_RF,
-                rows,
-                HAS_BIAS=b_in_EN is not None,
-                **_constants(w_out_EDF, slot_TK.shape[1], activation),
-            )
+        _up_kernel[ragged_grid(x_TD.device, rows, experts, hidden)](
+            x_TD.contiguous(),
+            w_in_END.contiguous(),
+            None if b_in_EN is None else b_in_EN.contiguous(),
+            source_R.contiguous(),
+            counts_E.contiguous(),
+            z_RN,
+            a_RF,
+            rows,
+            HAS_BIAS=b_in_EN is not None,
+            **_constants(w_out_EDF, slot_TK.shape[1], activation),
+        )
     y_RD = rows_gemm(a_RF, w_out_EDF, counts_E, bias_EN=b_out_ED, tail=False)
-    with torch.cuda.device_of(x_TD):
-        return unpermute_triton(y_RD, slot_TK, weights_TK), z_RN
+    return unpermute_triton(y_RD, slot_TK, weights_TK), z_RN
 
 
+@on_device
 def backward(
     dy_TD: Tensor,
     x_TD: Tensor,
@@ -280,9 +280,8 @@ def backward(
     )
     dw_in = weights_gemm(dz_RN, x_TD, counts_E, w_in_END.dtype, source_R=source_R, choices=choices, gather="b")
     dw_out = weights_gemm(dy_TD, scaled_RF, counts_E, w_out_EDF.dtype, source_R=source_R, choices=choices, gather="a")
-    with torch.cuda.device_of(x_TD):
-        dx_RD = rows_gemm(dz_RN, w_in_END, counts_E, turned=True, tail=False)
-        dx_TD = unpermute_triton(dx_RD, slot_TK, None)
+    dx_RD = rows_gemm(dz_RN, w_in_END, counts_E, turned=True, tail=False)
+    dx_TD = unpermute_triton(dx_RD, slot_TK, None)
     dweights_TK = db_in = db_out = None
     if weights_TK is not None:
         dweights_TK = choice_sums(parts_RP, slot_TK, dy_TD, counts_E, b_out_ED).to(weights_TK.dtype)
@@ -310,20 +309,19 @@ def _down_grad(
     dz_RN, scaled_RF = _like(dy_TD, *z_RN.shape), _like(dy_TD, rows, hidden)
     parts_RP = _like(dy_TD, rows, -(-hidden // _PART), dtype=torch.float32)
     if dz_RN.numel():
-        with torch.cuda.device_of(dy_TD):
-            _down_grad_kernel[ragged_grid(dy_TD.device, rows, experts, hidden)](
-                dy_TD,
-                w_out_EDF.contiguous(),
-                z_RN.contiguous(),
-                None if weights_TK is None else weights_TK.contiguous(),
-                source_R.contiguous(),
-                counts_E.contiguous(),
-                dz_RN,
-                scaled_RF,
-                parts_RP,
-                rows,
-                HAS_WEIGHTS=weights_TK is not None,
-                BLOCK_N=_PART,
-                **_constants(w_out_EDF, choices, activation),
-            )
+        _down_grad_kernel[ragged_grid(dy_TD.device, rows, experts, hidden)](
+            dy_TD,
+            w_out_EDF.contiguous(),
+            z_RN.contiguous(),
+            None if weights_TK is None else weights_TK.contiguous(),
+            source_R.contiguous(),
+            counts_E.contiguous(),
+            dz_RN,
+            scaled_RF,
+            parts_RP,
+            rows,
+            HAS_WEIGHTS=weights_TK is not None,
+            BLOCK_N=_PART,
+            **_constants(w_out_EDF, choices, activation),
+        )
     return dz_RN, scaled_RF, parts_RP

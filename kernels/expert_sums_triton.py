@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import jit, tl
+from .backend import jit, on_device, tl
 from .grouped_gemm_triton import INTERPRETED, at, expert_span, lanes, live_sources
 
 
@@ -85,34 +85,35 @@ def _columns_kernel(
     tl.store(at(out_ptr, expert, C) + c_C, tl.sum(acc_RC, axis=0).to(out_ptr.dtype.element_ty), mask=c_C < C)
 
 
+@on_device
 def choice_sums(parts_RP: Tensor, slot_TK: Tensor, dy_TD: Tensor, counts_E: Tensor, bias_ED: Tensor | None) -> Tensor:
     """(T, K) fp32: the sum of a choice's partial sums, and <dy_t, b_e> with a bias; 0 for a dropped choice."""
     tokens, choices = slot_TK.shape
     out_TK = torch.empty(tokens, choices, dtype=torch.float32, device=dy_TD.device)
     parts = parts_RP.shape[1]
     if out_TK.numel():
-        with torch.cuda.device_of(dy_TD):
-            _choices_kernel[(-(-tokens // 16),)](
-                parts_RP,
-                slot_TK.contiguous(),
-                dy_TD.contiguous(),
-                None if bias_ED is None else bias_ED.contiguous(),
-                counts_E.contiguous(),
-                out_TK,
-                tokens,
-                D=dy_TD.shape[1],
-                E=counts_E.shape[0],
-                K=choices,
-                P=parts,
-                HAS_BIAS=bias_ED is not None,
-                V=lanes(counts_E.shape[0]),
-                BLOCK_T=16,
-                BLOCK_D=16 if INTERPRETED else 128,
-                BLOCK_P=1 << (parts - 1).bit_length(),
-            )
+        _choices_kernel[(-(-tokens // 16),)](
+            parts_RP,
+            slot_TK.contiguous(),
+            dy_TD.contiguous(),
+            None if bias_ED is None else bias_ED.contiguous(),
+            counts_E.contiguous(),
+            out_TK,
+            tokens,
+            D=dy_TD.shape[1],
+            E=counts_E.shape[0],
+            K=choices,
+            P=parts,
+            HAS_BIAS=bias_ED is not None,
+            V=lanes(counts_E.shape[0]),
+            BLOCK_T=16,
+            BLOCK_D=16 if INTERPRETED else 128,
+            BLOCK_P=1 << (parts - 1).bit_length(),
+        )
     return out_TK
 
 
+@on_device
 def column_sums(
     values: Tensor,
     source_R: Tensor,
@@ -128,20 +129,19 @@ def column_sums(
     out_EC = torch.empty(experts, width, dtype=dtype, device=values.device)
     block = 16 if INTERPRETED else 64
     if out_EC.numel():
-        with torch.cuda.device_of(values):
-            _columns_kernel[(experts, -(-width // block))](
-                values.contiguous(),
-                source_R.contiguous(),
-                None if weights_TK is None else weights_TK.contiguous(),
-                counts_E.contiguous(),
-                out_EC,
-                C=width,
-                E=experts,
-                K=choices,
-                GATHER=gather,
-                HAS_WEIGHTS=weights_TK is not None,
-                V=lanes(experts),
-                BLOCK_R=block,
-                BLOCK_C=block,
-            )
+        _columns_kernel[(experts, -(-width // block))](
+            values.contiguous(),
+            source_R.contiguous(),
+            None if weights_TK is None else weights_TK.contiguous(),
+            counts_E.contiguous(),
+            out_EC,
+            C=width,
+            E=experts,
+            K=choices,
+            GATHER=gather,
+            HAS_WEIGHTS=weights_TK is not None,
+            V=lanes(experts),
+            BLOCK_R=block,
+            BLOCK_C=block,
+        )
     return out_EC

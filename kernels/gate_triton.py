@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, triton
+from .backend import jit, on_device, tl, triton
 
 
 @jit
@@ -162,6 +162,7 @@ def _block(columns: int) -> int:
     return max(1, min(64, 2048 // columns))
 
 
+@on_device
 def gate_triton(
     logits_TE: Tensor,
     top_k: int,
@@ -204,6 +205,7 @@ def gate_triton(
     return scores_TE, weights_TK, chosen_TK, counts_E
 
 
+@on_device
 def gate_backward_triton(
     scores_TE: Tensor, ids_TK: Tensor, dscores_TE: Tensor | None, dweights_TK: Tensor | None, score: str
 ) -> Tensor:

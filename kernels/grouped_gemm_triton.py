@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON, jit, tl, triton
+from .backend import HAS_TRITON, jit, on_device, tl, triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Row tiles that share their weight tiles through L2 before the next weight tiles are read.
@@ -244,6 +244,7 @@ def ragged_grid(device: torch.device, rows: int, experts: int, width: int) -> Ca
     )
 
 
+@on_device
 def rows_gemm(
     a_RC: Tensor,
     w: Tensor,
@@ -263,26 +264,26 @@ def rows_gemm(
     out_RN = torch.empty(rows, width, dtype=a_RC.dtype, device=a_RC.device)
     if out_RN.numel() == 0:
         return out_RN
-    with torch.cuda.device_of(a_RC):
-        _rows_kernel[ragged_grid(a_RC.device, rows, experts, width)](
-            a_RC.contiguous(),
-            w.contiguous(),
-            None if bias_EN is None else bias_EN.contiguous(),
-            counts_E.contiguous(),
-            out_RN,
-            rows,
-            C=depth,
-            N=width,
-            E=experts,
-            TURNED=turned,
-            HAS_BIAS=bias_EN is not None,
-            TAIL=tail,
-            V=lanes(experts),
-            GROUP=GROUP,
-        )
+    _rows_kernel[ragged_grid(a_RC.device, rows, experts, width)](
+        a_RC.contiguous(),
+        w.contiguous(),
+        None if bias_EN is None else bias_EN.contiguous(),
+        counts_E.contiguous(),
+        out_RN,
+        rows,
+        C=depth,
+        N=width,
+        E=experts,
+        TURNED=turned,
+        HAS_BIAS=bias_EN is not None,
+        TAIL=tail,
+        V=lanes(experts),
+        GROUP=GROUP,
+    )
     return out_RN
 
 
+@on_device
 def weights_gemm(
     a: Tensor,
     b: Tensor,
@@ -302,21 +303,20 @@ def weights_gemm(
     if out.numel() == 0:
         return out
     grid = persistent_grid(a.device, lambda meta: experts * -(-m // meta["BLOCK_M"]) * -(-n // meta["BLOCK_N"]))
-    with torch.cuda.device_of(a):
-        _weights_kernel[grid](
-            a.contiguous(),
-            b.contiguous(),
-            None if source_R is None else source_R.contiguous(),
-            counts_E.contiguous(),
-            out,
-            M=m,
-            N=n,
-            E=experts,
-            K=choices,
-            GATHER_A=gather == "a",
-            GATHER_B=gather == "b",
-            HAS_SOURCE=source_R is not None,
-            V=lanes(experts),
-            GROUP=GROUP,
-        )
+    _weights_kernel[grid](
+        a.contiguous(),
+        b.contiguous(),
+        None if source_R is None else source_R.contiguous(),
+        counts_E.contiguous(),
+        out,
+        M=m,
+        N=n,
+        E=experts,
+        K=choices,
+        GATHER_A=gather == "a",
+        GATHER_B=gather == "b",
+        HAS_SOURCE=source_R is not None,
+        V=lanes(experts),
+        GROUP=GROUP,
+    )
     return out

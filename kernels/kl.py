@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import choose, jit, tl, triton
+from .backend import choose, jit, on_device, tl, triton
 from .cross_entropy import chunk_tokens, fake_head_loss, head_loss, save_gradients, scale_gradients, wide_dtype
 
 
@@ -120,6 +120,7 @@ def _kl_kernel(
     tl.store(loss + row, tl.where(counted, tl.sum(total, axis=0) * temperature * temperature, 0.0))
 
 
+@on_device
 def _loss_rows_triton(student_CV: Tensor, teacher_CV: Tensor, temperature: float, valid_C: Tensor | None, grad: bool):
     rows, words = student_CV.shape
     loss_C = torch.empty(rows, dtype=torch.float32, device=student_CV.device)

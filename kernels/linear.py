@@ -18,13 +18,16 @@ def linear(x: Tensor, w_ND: Tensor, b_N: Tensor | None = None) -> Tensor:
     fast = x.device.type == "cpu" and x.dtype == w_ND.dtype == torch.float32 and choose(x) != "reference"
     if not fast or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, w_ND, b_N)
-    y = _linear(x, w_ND)
+    # A registered operator costs as much as the product of a few rows, and is needed for its gradient alone.
+    y = _linear(x, w_ND) if torch.is_grad_enabled() else _product(x, w_ND)
     return y if b_N is None else y + b_N
 
 
-@torch.library.custom_op("coterie::linear", mutates_args=())
-def _linear(x: Tensor, w_ND: Tensor) -> Tensor:
+def _product(x: Tensor, w_ND: Tensor) -> Tensor:
     return cpu_gemm.product(x.reshape(-1, x.shape[-1]), w_ND.t()).view(*x.shape[:-1], -1)
+
+
+_linear = torch.library.custom_op("coterie::linear", _product, mutates_args=())
 
 
 @torch.library.custom_op("coterie::linear_backward", mutates_args=())

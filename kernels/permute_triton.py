@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import jit, tl, triton
+from .backend import jit, on_device, tl, triton
 
 _BLOCK_A = 128
 
@@ -141,6 +141,7 @@ def _blocks(width: int) -> tuple[int, int]:
     return max(1, min(64, 2048 // columns)), columns
 
 
+@on_device
 def plan_triton(ids_TK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """(source, slot, counts) of `plan_rows` (capacity -1) or `plan_slots`: a counting sort over blocks of ids."""
     ids_A = ids_TK.contiguous().view(-1)
@@ -169,6 +170,7 @@ def plan_triton(ids_TK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor
     return source_R, slot_A.view(ids_TK.shape), counts_E
 
 
+@on_device
 def permute_triton(x_TD: Tensor, source_R: Tensor, slot_TK: Tensor) -> Tensor:
     """`permute` by one kernel."""
     rows, width = source_R.shape[0], x_TD.shape[1]
@@ -181,6 +183,7 @@ def permute_triton(x_TD: Tensor, source_R: Tensor, slot_TK: Tensor) -> Tensor:
     return x_RD
 
 
+@on_device
 def unpermute_triton(y_RD: Tensor, slot_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """`unpermute` by one kernel."""
     (tokens, choices), width = slot_TK.shape, y_RD.shape[1]
@@ -194,6 +197,7 @@ def unpermute_triton(y_RD: Tensor, slot_TK: Tensor, weights_TK: Tensor | None) -
     return y_TD
 
 
+@on_device
 def unpermute_backward_triton(
     dy_TD: Tensor, y_RD: Tensor, source_R: Tensor, slot_TK: Tensor, weights_TK: Tensor
 ) -> tuple[Tensor, Tensor]:

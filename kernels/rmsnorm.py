@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import choose, jit, tl, triton
+from .backend import choose, jit, on_device, tl, triton
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -123,9 +123,10 @@ def _warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
 
 
+@on_device
 def _forward_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, h (x itself without a residual) and the scale (..., 1)."""
-    x, dim = x.contiguous(), x.shape[-1]
+    x, weight, dim = x.contiguous(), weight.contiguous(), x.shape[-1]
     y = torch.empty_like(x)
     h = x if residual is None else torch.empty_like(x)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
@@ -138,10 +139,11 @@ def _forward_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
     return y, h, scale
 
 
+@on_device
 def _backward_triton(
     dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    dy, x, dim = dy.contiguous(), x.contiguous(), x.shape[-1]
+    dy, x, weight, dim = dy.contiguous(), x.contiguous(), weight.contiguous(), x.shape[-1]
     rows = x.numel() // dim
     dx = torch.empty_like(x)
     if rows == 0:

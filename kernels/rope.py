@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import choose, jit, tl, triton
+from .backend import choose, jit, on_device, tl, triton
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def _rope_kernel(
     """One program a token: all its heads share one row of the tables."""
     token = tl.program_id(0).to(tl.int64)
     b, s = token // S, token % S
-    h = tl.arange(0, HEADS)[:, None]
+    h = tl.arange(0, HEADS)[:, None].to(tl.int64)
     i = tl.arange(0, BLOCK)[None, :]
     keep_row = i < HALF
     keep = (h < H) & keep_row
@@ -91,6 +91,7 @@ def _rope_kernel(
     tl.store(target + HALF, (second * c + first * n).to(out.dtype.element_ty), mask=keep)
 
 
+@on_device
 def _rotate_triton(x_BSHd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     if x_BSHd.stride(-1) != 1:
         x_BSHd = x_BSHd.contiguous()

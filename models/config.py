@@ -1,9 +1,12 @@
 """The shape of a decoder: all that a checkpoint's `config.json` must say."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ..moe.config import MoEConfig
+
+_CHOICES = {"activation": ("swiglu", "gelu"), "norm": ("rmsnorm", "layernorm"), "positions": ("rotary", "learned")}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class ModelConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
+        self._check_ranges()
         if not self.head_dim and self.dim % self.heads:
             raise ValueError(f"dim {self.dim} does not split into {self.heads} heads: change one, or give head_dim")
         if self.heads % self.num_kv_heads:
@@ -52,6 +56,24 @@ class ModelConfig:
             raise ValueError(f"experts lists {len(self.experts)} layers, but the model has {self.layers}")
         for count in set(self.experts) - {0}:
             self.moe.check(count)
+
+    def _check_ranges(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:  # it would quietly mean the other one
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}: choose one of them"
+                )
+        for name in ("vocab_size", "max_positions", "layers", "dim", "heads", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, but {getattr(self, name)} was given")
+        for name in ("kv_heads", "head_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 (take the default) or more, but {getattr(self, name)} was given")
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number over 0, but {getattr(self, name)} was given")
+        if any(count < 0 for count in self.experts):
+            raise ValueError(f"experts cannot be negative, but {list(self.experts)} was given")
 
     @property
     def num_kv_heads(self) -> int:

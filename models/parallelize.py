@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +148,9 @@ def _can_compile(device_type: str) -> bool:
             from torch._inductor.cpp_builder import get_cpp_compiler
 
             get_cpp_compiler()
+            home = os.path.dirname(torch.__file__)
+            if " " in home:  # torch gives its linker this folder without quotes
+                raise RuntimeError(f"{home} has a space in its name")
         elif importlib.util.find_spec("triton") is None:
             raise RuntimeError("triton is not installed")
         return True

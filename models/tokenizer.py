@@ -38,14 +38,13 @@ class Tokenizer:
         else:
             file = Path(path)
             file = file / "tokenizer.json" if file.is_dir() else file
-            self._inner, config = _load(file), file.parent / "tokenizer_config.json"
-        self.vocab_size: int = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+            self._inner, config = _load(file), _config_beside(file)
+        self.vocab_size: int = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eos_id: int = self._find_eos(eos, config)
 
     def _find_eos(self, eos: str | None, config: Path | None) -> int:
         if eos is None and config is not None and config.exists():
-            told = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-            eos = told.get("content") if isinstance(told, dict) else told
+            eos = _told_eos(config)
         for name in _EOS_NAMES if eos is None else (eos,):
             found = self._inner.token_to_id(name)
             if found is not None:
@@ -66,8 +65,21 @@ class Tokenizer:
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def save(self, path: str | Path) -> None:
-        """Writes the tokenizer.json at `path`."""
-        self._inner.save(str(path))
+        """Writes the tokenizer.json at `path`, and beside it what else `files` has."""
+        path = Path(path)
+        for name, text in self.files().items():
+            file = path if name == "tokenizer.json" else _config_beside(path)
+            file.write_text(text, encoding="utf-8")
+
+    def files(self) -> dict[str, str]:
+        """What a directory must hold for `Tokenizer(directory)` to be this one: names and texts. A
+        tokenizer_config.json is among them only where the usual names would give another end of a document."""
+        files = {"tokenizer.json": self._inner.to_str(pretty=True)}
+        usual = [i for name in _EOS_NAMES if (i := self._inner.token_to_id(name)) is not None]
+        if usual[:1] != [self.eos_id]:
+            eos = {"eos_token": self._inner.id_to_token(self.eos_id)}
+            files["tokenizer_config.json"] = json.dumps(eos, indent=2) + "\n"
+        return files
 
 
 class TextStream:
@@ -95,6 +107,24 @@ class TextStream:
     def _rest(self) -> str:
         told = self._tokenizer.decode(self._ids[: self._told])
         return self._tokenizer.decode(self._ids)[len(told) :]
+
+
+def _config_beside(file: Path) -> Path:
+    """tokenizer_config.json, and for NAME.tokenizer.json NAME.tokenizer_config.json."""
+    return file.with_name(file.name.removesuffix(".json").removesuffix("tokenizer") + "tokenizer_config.json")
+
+
+def _told_eos(config: Path) -> str | None:
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))["eos_token"]
+        told = told["content"] if isinstance(told, dict) else told
+    except KeyError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{config} is no tokenizer_config.json: {error}") from None
+    if told is not None and not isinstance(told, str):
+        raise ValueError(f"{config} has eos_token {told!r}, expected the text of a token")
+    return told
 
 
 def _load(file: Path) -> tokenizers.Tokenizer:

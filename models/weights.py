@@ -1,4 +1,4 @@
-"""Models as directories: config.json, model.safetensors, tokenizer.json. Nothing here can run code from a file.
+"""Models as directories: config.json, model*.safetensors, tokenizer.json. Nothing here can run code from a file.
 
 Tensors carry the names of the model's parameters and buffers; a tied head is not written twice.
 """
@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .config import ModelConfig
 from .gpt import GPT
 from .shards import local_box, local_part
+from .tensor_files import FILE_BYTES, Drafts, StoredTensors, split_names
 from .tokenizer import Tokenizer
 
 MODEL_TYPE = "coterie"
-WEIGHTS = "model.safetensors"
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
@@ -95,50 +93,60 @@ def read_config(directory: str | Path) -> ModelConfig:
     return config_from_dict(data)
 
 
-@torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Whole tensors on the CPU of rank 0, an empty dict elsewhere. Every rank must call it: shards are gathered
     one tensor at a time, so a rank never holds more than one whole tensor beside its shards."""
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return _gathered(model.state_dict())
+
+
+@torch.no_grad()
+def _gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-        if first:
+        if _first():
             state[name] = whole.to("cpu", copy=True).contiguous()
     return state
 
 
+def _first() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def save_model(
-    directory: str | Path, model: GPT, tokenizer: Tokenizer | None = None, *, dtype: torch.dtype | None = None
+    directory: str | Path,
+    model: GPT,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = FILE_BYTES,
 ) -> None:
     """Writes a model directory; rank 0 writes, every rank of a parallelized model must call it.
 
     Args:
         directory: made if it is not there; a reader never sees half a file in it.
-        model: plain or parallelized.
+        model: plain or parallelized. Rank 0 holds the whole tensors of one file at a time.
         tokenizer: written beside it.
         dtype: of the written matrices (the router stays in fp32); None: as they are.
+        file_bytes: a larger model becomes `model-0000i-of-0000n.safetensors` and an index, as Hugging Face has it.
+
+    Raises:
+        OSError: on rank 0, for a full disk or a forbidden directory, after all ranks have done their part.
     """
-    state = full_state_dict(model)
-    if not state:
-        return
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    if dtype is not None:
-        state = {name: tensor.to(_stored(name, dtype)) for name, tensor in state.items()}
-    text = json.dumps(config_to_dict(model.config), indent=2) + "\n"
-    config, weights = folder / "config.json.partial", folder / f"{WEIGHTS}.partial"
-    try:
-        config.write_text(text, encoding="utf-8")
-        save_file(state, str(weights), metadata={"format": "pt"})
-        weights.chmod(config.stat().st_mode)  # the library lets its owner alone read it
-        os.replace(weights, folder / WEIGHTS)
-        os.replace(config, folder / "config.json")
-    finally:
-        config.unlink(missing_ok=True)
-        weights.unlink(missing_ok=True)
-    if tokenizer is not None:
-        tokenizer.save(folder / "tokenizer.json")
+    state = model.state_dict()
+    kinds = {name: tensor.dtype if dtype is None else _stored(name, dtype) for name, tensor in state.items()}
+    plan = split_names({name: tensor.numel() * kinds[name].itemsize for name, tensor in state.items()}, file_bytes)
+    drafts = Drafts(Path(directory)) if _first() else None
+    if drafts is not None:
+        drafts.text("config.json", json.dumps(config_to_dict(model.config), indent=2) + "\n")
+        for name, text in ({} if tokenizer is None else tokenizer.files()).items():
+            drafts.text(name, text)
+    for file, names in plan.items():
+        whole = _gathered({name: state[name] for name in names})
+        if drafts is not None:
+            drafts.tensors(file, {name: tensor.to(kinds[name]) for name, tensor in whole.items()})
+    if drafts is not None:
+        drafts.publish()
 
 
 def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> GPT:
@@ -153,14 +161,19 @@ def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dty
         FileNotFoundError: a file is missing.
         ValueError: config or weights do not fit; every wrong tensor is named.
     """
-    model = GPT(read_config(directory), device="meta")
-    stored = _stored_dtype(Path(directory) / WEIGHTS) if dtype is None else dtype
+    folder = Path(directory)
+    config, stored = read_config(folder), StoredTensors(folder)
+    if config.layers > len(stored.names()):
+        raise ValueError(f"{stored.source} does not fit the model: {config.layers} layers need more tensors")
+    model = GPT(config, device="meta")
+    _check_fit(model.state_dict(), stored)  # before memory is taken for what a wrong config asks for
+    kind = STORED_DTYPES[stored.kind("embed.weight")] if dtype is None else dtype
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dtype != stored and _stored(_role(module, name), stored) == stored:
-                setattr(module, name, nn.Parameter(parameter.to(stored)))
+            if parameter.dtype != kind and _stored(_role(module, name), kind) == kind:
+                setattr(module, name, nn.Parameter(parameter.to(kind)))
     model.to_empty(device=device)
-    load_weights(directory, model)
+    _read(stored, model)
     return model
 
 
@@ -173,43 +186,33 @@ def _role(module: nn.Module, name: str) -> str:
     return f"gate.{name}" if type(module).__name__ == "Gate" else name
 
 
-def _open(file: Path) -> Any:
-    if not file.exists():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}")
-    try:
-        return safe_open(str(file), framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
-
-
-def _stored_dtype(file: Path) -> torch.dtype:
-    with _open(file) as stored:
-        names = [name for name in stored.keys() if "embed" in name] or list(stored.keys())  # noqa: SIM118
-        return stored.get_tensor(names[0]).dtype if names else torch.float32
-
-
-@torch.no_grad()
 def load_weights(directory: str | Path, model: nn.Module) -> None:
     """Reads a directory's tensors into a materialised model; of a parallelized one each rank reads its shard alone.
 
     Raises:
-        ValueError: tensors missing, unknown or of another shape: all of them in one message, and nothing is read.
+        FileNotFoundError: a file is missing.
+        ValueError: tensors missing, unknown or of another shape or kind: all of them in one message, and nothing is
+            read.
     """
-    file = Path(directory) / WEIGHTS
-    wanted = model.state_dict()
-    with _open(file) as stored:
-        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-        problems = [f"{name} is missing" for name in wanted if name not in shapes]
-        problems += [f"{name} is unknown" for name in shapes if name not in wanted]
-        problems += [
-            f"{name} has shape {list(shapes[name])}, expected {list(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name in shapes and shapes[name] != tuple(tensor.shape)
-        ]
-        if problems:
-            raise ValueError(f"{file} does not fit the model: " + "; ".join(problems))
-        for name, tensor in wanted.items():
-            if tensor.dim() == 0:
-                local_part(tensor).copy_(stored.get_tensor(name))
-            else:
-                local_part(tensor).copy_(stored.get_slice(name)[local_box(tensor)])
+    stored = StoredTensors(Path(directory))
+    _check_fit(model.state_dict(), stored)
+    _read(stored, model)
+
+
+def _check_fit(wanted: dict[str, Tensor], stored: StoredTensors) -> None:
+    shapes = {name: stored.shape(name) for name in stored.names()}
+    problems = [f"{name} is missing" for name in wanted if name not in shapes]
+    problems += [f"{name} is unknown" for name in shapes if name not in wanted]
+    for name, tensor in wanted.items():
+        if name in shapes and shapes[name] != tuple(tensor.shape):
+            problems.append(f"{name} has shape {list(shapes[name])}, expected {list(tensor.shape)}")
+        elif name in shapes and stored.kind(name) not in STORED_DTYPES:
+            problems.append(f"{name} is stored as {stored.kind(name)}, expected one of {', '.join(STORED_DTYPES)}")
+    if problems:
+        raise ValueError(f"{stored.source} does not fit the model: " + "; ".join(problems))
+
+
+@torch.no_grad()
+def _read(stored: StoredTensors, model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        local_part(tensor).copy_(stored.read(name, local_box(tensor)))

@@ -1,7 +1,15 @@
 """All that a MoE layer needs to know."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def _check_choices(config: Any) -> None:
+    """Raises ValueError when a field that is one of several words holds another: it would quietly mean the last."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            known = ", ".join(get_args(hint))
+            raise ValueError(f"{name}={getattr(config, name)!r} is not one of {known}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class GateConfig:
     """Loss-free balancing: step u of the selection bias, b += u * sign(mean load - load), zero-mean; 0: none."""
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         for name in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, name)
             if factor is not None and factor <= 0:
@@ -73,6 +82,7 @@ class MoEConfig:
     gate: GateConfig = field(default_factory=GateConfig)
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         if self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, but {self.top_k} was given")
         if self.hidden < 0 or self.shared_hidden < 0:

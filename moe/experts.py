@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.expert_mlp_packed import PackedExperts, can_pack
+from ..kernels.linear import linear
 from ..kernels.permute import Plan
+
+_FEW = 64  # rows for which starting an operation costs more than its work
 
 
 def in_width(hidden: int, activation: str) -> int:
@@ -58,11 +61,18 @@ class Experts(nn.Module):
         w_in, w_out = _local(self.w_in), _local(self.w_out)
         self.packed = PackedExperts(w_in, w_out, self.activation) if can_pack(w_in) else None
 
+    def train(self, mode: bool = True) -> Experts:
+        """Training writes to the weights in ways that a pack may not see, so it drops the pack."""
+        if mode:
+            self.packed = None
+        super().train(mode)
+        return self
+
     def forward(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
         """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones."""
         w_in, w_out = _local(self.w_in), _local(self.w_out)
         b_in, b_out = (None if b is None else _local(b) for b in (self.b_in, self.b_out))
-        if self.packed is not None and not torch.is_grad_enabled():
+        if self.packed is not None and not torch.is_grad_enabled() and can_pack(w_in):
             if self.packed.fresh(w_in, w_out):
                 return self.packed(x_TD, plan, weights_TK, b_in, b_out)
             self.packed = None
@@ -99,15 +109,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        if x.device.type == "cpu" and x.dtype == self.w_in.dtype == torch.float32:
+        many = torch.is_grad_enabled() or x.numel() >= _FEW * x.shape[-1]
+        if many and x.device.type == "cpu" and x.dtype == self.w_in.dtype == torch.float32:
             return self._as_one_expert(x)
-        z = F.linear(x, self.w_in, self.b_in)
+        z = linear(x, self.w_in, self.b_in)
         if self.activation == "swiglu":
             gate, up = z.chunk(2, -1)
             a = F.silu(gate) * up
         else:
             a = F.gelu(z, approximate="tanh")
-        return F.linear(a, self.w_out, self.b_out)
+        return linear(a, self.w_out, self.b_out)
 
     def _as_one_expert(self, x: Tensor) -> Tensor:
         # In fp32 on a CPU the experts' operation takes 0.6 of the time, and keeps less for the backward pass.

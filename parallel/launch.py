@@ -59,6 +59,10 @@ def init_ranks(device: str | None = None, *, timeout_s: float = 1800) -> Ranks:
         raise ValueError(f"{' and '.join(given)} is set but {', '.join(missing)} is not: start the run with torchrun")
     rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
     local_rank = _number("LOCAL_RANK", rank)
+    if rank >= world:  # it would wait for ranks that never come
+        raise ValueError(f"RANK={rank} is not one of WORLD_SIZE={world} ranks: they count from 0")
+    if given and not 0 < _number("MASTER_PORT", 0) < 2**16:
+        raise ValueError(f"MASTER_PORT={os.environ['MASTER_PORT']} is not a port: give 1 to 65535")
     chosen = _device(device, local_rank)
     if chosen.type == "cpu":
         keep_freed_memory()

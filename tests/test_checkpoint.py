@@ -142,7 +142,7 @@ def test_damage_is_refused_by_name_and_the_newest_whole_one_offered(reason: str,
     assert path == tmp_path / "step_00000002"
     assert len(problems) == 1
     assert "step_00000003 is damaged" in problems[0]
-    assert checkpoints.set_aside(path) == ["step_00000003"]
+    assert checkpoints.set_aside(path, 2) == ["step_00000003"]
     assert (tmp_path / "aside_step_00000003").is_dir(), "a person may still want to look at it"
 
 

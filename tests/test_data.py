@@ -163,6 +163,13 @@ def test_vocabularies_must_fit(tmp_path: Path, data: str) -> None:
     dataset, _ = _build(DataConfig((data,), split="100"), 150)
     with pytest.raises(ValueError, match="vocabulary of 500"):
         list(batches(dataset, 0, 1, 1, vocab_size=500))
+    last = next(i for i in range(len(dataset)) if dataset[i]["labels"][-1] > dataset[i]["tokens"].max())
+    size = int(dataset[last]["labels"][-1])
+    with pytest.raises(ValueError, match=f"holds token {size:,}"):  # a target alone
+        next(batches([dataset[last]], 0, 1, 1, vocab_size=size))
+    below = _write(tmp_path / "below", [[3, -2] * 50], np.int32)
+    with pytest.raises(ValueError, match="holds token -2"):
+        next(batches(_build(DataConfig((below,), split="100"))[0], 0, 1, 1, vocab_size=500))
     train_bpe(["ab"], 257).save(f"{data}.tokenizer.json")
     with pytest.raises(ValueError, match=r"has 257 tokens but the model's vocabulary 256: set model.vocab_size"):
         _build(DataConfig((data,)), vocab_size=256)

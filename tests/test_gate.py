@@ -268,6 +268,9 @@ def test_no_tokens() -> None:
         (lambda: MoEConfig(gate=GateConfig(groups=3)).check(8), "3 groups of equal size"),
         (lambda: MoEConfig(top_k=3, gate=GateConfig(groups=4)).check(8), "best 1 of 4 groups"),
         (lambda: MoEConfig(top_k=1, gate=GateConfig(second_expert="sampled")), "needs top_k=2"),
+        (lambda: GateConfig(drop_policy="priority"), "drop_policy='priority' is not one of position, probability, r"),  # type: ignore[arg-type]
+        (lambda: GateConfig(aux_scope="batch"), "aux_scope='batch' is not one of micro, sequence, global"),  # type: ignore[arg-type]
+        (lambda: MoEConfig(activation="relu"), "activation='relu' is not one of swiglu, gelu"),  # type: ignore[arg-type]
         (lambda: GateConfig(capacity_factor=0.0), "capacity_factor must be over 0"),
         (lambda: GateConfig(groups=2, topk_groups=3), r"1\.\.groups=2"),
         (lambda: Gate(D, E, 2, GateConfig(aux_scope="sequence"))(torch.randn(T, D)), "sequence length"),

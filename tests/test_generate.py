@@ -116,7 +116,9 @@ def test_the_end_of_a_document_is_kept() -> None:
         ([[1, 300]], 4, {}, "token id 300, outside the model's vocabulary of 300"),
         ([[1, -2]], 4, {}, "token id -2, outside"),
         ([[1]], 4, {"temperature": -1.0}, "temperature -1.0"),
+        ([[1]], 4, {"temperature": float("inf")}, "temperature inf"),
         ([[1]], 4, {"top_p": 0.0}, "top_p 0.0"),
+        ([1, 2], 4, {}, r"prompts of shape \[2\] are not \(batch, tokens\)"),
         ([[1]], 4, {"top_k": -1}, "top_k -1"),
         ([[1]], -1, {}, "max_new_tokens -1"),
     ],
@@ -157,6 +159,43 @@ def test_greedy_takes_the_lowest_of_equals_and_needs_no_generator() -> None:
         sample(logits_BV)
 
 
+def test_a_temperature_near_zero_is_greedy() -> None:
+    """Divided by it, logits overflow."""
+    logits_BV, generator = torch.tensor([[0.5, 2.0, -3.0], [9.0, 1.0, 3.0]]), torch.Generator()
+    for temperature in (1e-4, 1e-7, 1e-40, 1e-300):
+        assert sample(logits_BV, temperature, generator=generator).tolist() == [1, 0]
+
+
+def test_no_draw_takes_what_was_cut_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At both ends of the random numbers, whatever the sums round to."""
+    logits_BV = torch.randn(64, 5000) * 3
+    for u in (0.0, 1 - 2**-53):
+        monkeypatch.setattr(torch, "rand", lambda shape, u=u, **_: torch.full(shape, u, dtype=torch.float64))
+        for settings in ({"top_k": 7}, {"top_p": 0.3}, {"top_k": 50, "top_p": 0.9}, {}):
+            ids_B = sample(logits_BV, generator=torch.Generator(), **settings)  # type: ignore[arg-type]
+            ranks_B = (logits_BV > logits_BV.gather(1, ids_B[:, None])).sum(1)
+            assert ids_B.max() < 5000
+            if "top_k" in settings:
+                assert ranks_B.max() < settings["top_k"]
+            if "top_p" in settings:
+                before_B = [
+                    logits_BV[b].softmax(0)[logits_BV[b] > logits_BV[b, i]].sum() for b, i in enumerate(ids_B)
+                ]
+                assert max(before_B) < settings["top_p"] + 1e-5
+    dead_BV = torch.full((1, 9), float("-inf"))
+    dead_BV[0, 4] = 0.0
+    assert sample(dead_BV, generator=torch.Generator()).tolist() == [4]
+
+
+def test_damaged_weights_are_told() -> None:
+    model = _model(MODERN)
+    with torch.no_grad():
+        model.final_norm.weight[3] = float("nan")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="logits are not finite"):
+            next(generate(model, torch.tensor([[1, 2]]), 4, temperature=temperature))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save_model(tmp_path / "run" / "model", _model(MODERN), train_bpe(["hello world, hello text"] * 3, 290))
@@ -173,6 +212,21 @@ def test_models_open_by_their_directory_or_their_run(folder: Path) -> None:
     again = list(stream_text(folder / "model", "hello", 10, device="cpu", temperature=0))
     assert "".join(pieces) == "".join(again)
     assert "".join(stream_text(folder, "", 5, device="cpu", seed=1)) is not None
+    save_model(folder / "model", open_model(folder, device="cpu")[0], file_bytes=20_000)
+    assert not (folder / "model" / "model.safetensors").exists()
+    for path in (folder, folder / "model"):
+        assert "".join(stream_text(path, "hello", 10, device="cpu", temperature=0)) == "".join(pieces)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_told(folder: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device '?{device}"):
+        open_model(folder, device=device)
+
+
+def test_a_prompt_that_is_no_text_is_told(folder: Path) -> None:
+    with pytest.raises(ValueError, match="the prompt is not UTF-8"):
+        list(stream_text(folder, "caf\udce9", device="cpu"))
 
 
 def test_what_is_no_model_says_so(folder: Path, tmp_path: Path) -> None:

@@ -65,6 +65,15 @@ def test_matches_the_reference_on_cuda():
     assert_close_rms(got, wanted, 1e-2, "gradient")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 4, 4, 2, 8), (2, 0, 4, 2, 8), (2, 0, 3, 3, 8)])
+def test_no_tokens_at_all(shape, dtype):
+    fused, parts, do = inputs(shape, dtype)
+    o = causal_attention(*parts)
+    assert o.shape == do.shape
+    assert torch.autograd.grad(o, fused, do)[0].shape == fused.shape
+
+
 def test_later_tokens_change_nothing(small_blocks):
     _, (q, k, v), _ = inputs((1, 20, 2, 1, 4), torch.bfloat16)
     with torch.no_grad():

@@ -226,15 +226,27 @@ def test_double_precision_gradients_are_exact():
     assert torch.autograd.gradcheck(lambda a, b: linear_kl(a, b, *teacher, temperature=1.5, chunk=2), (x, w))
 
 
-def test_operators_pass_opcheck():
+@pytest.mark.parametrize("target", [-1, 9, 1 << 40])
+def test_a_target_that_is_no_word_is_refused_or_shows(target):
     x, w, targets = head(6, 4, 9)
-    for need in ((True, True), (False, True)):
-        torch.library.opcheck(
-            torch.ops.coterie.linear_cross_entropy.default,
-            (x.detach().requires_grad_(need[0]), w, targets, -100, 4, *need),
-        )
+    targets[2] = target
+    with forced("torch"), pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        linear_cross_entropy(x, w, targets)
+    with forced("interpret"):
+        assert linear_cross_entropy(x, w, targets).isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators_pass_opcheck(backend):
+    x, w, targets = head(6, 4, 9)
     teacher = torch.randn(6, 3), torch.randn(9, 3)
-    torch.library.opcheck(torch.ops.coterie.linear_kl.default, (x, w, *teacher, None, 2.0, 4, True, True))
+    with forced(backend):
+        for need in ((True, True), (False, True)):
+            torch.library.opcheck(
+                torch.ops.coterie.linear_cross_entropy.default,
+                (x.detach().requires_grad_(need[0]), w, targets, -100, 4, *need),
+            )
+        torch.library.opcheck(torch.ops.coterie.linear_kl.default, (x, w, *teacher, None, 2.0, 4, True, True))
 
 
 def test_wrong_arguments_are_refused():

@@ -9,9 +9,11 @@ from helpers import assert_close_rms
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.kernels import cpu_gemm, expert_mlp_cpu
+from coterie.kernels import expert_mlp as expert_mlp_op
 from coterie.kernels.backend import forced
 from coterie.kernels.expert_mlp import _backward, _forward, expert_mlp, expert_mlp_reference
 from coterie.kernels.permute import Plan, plan_rows, plan_slots
@@ -108,6 +110,43 @@ def test_a_token_that_is_not_finite_stays_alone() -> None:
     assert torch.isfinite(actual["y"][1:]).all()
     assert torch.isfinite(actual["dw_in"][1:]).all()
     assert torch.isfinite(actual["dw_out"][1:]).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "interpret"])
+def test_the_weight_of_a_dropped_choice_is_never_read(backend: str) -> None:
+    ids_TK = torch.tensor([[-1, 0], [1, 2], [1, 0]])
+    operands = _operands(3, 3, 2, "swiglu")
+    operands["weights_TK"][0, 0] = float("nan")  # to which a careless gather sends every empty row
+    with forced(backend):
+        actual = _run(expert_mlp, plan_slots(ids_TK, 3, 5), operands, "swiglu", torch.ones(3, 20))
+    for name, value in actual.items():
+        assert torch.isfinite(value).all(), name
+
+
+def test_doubles_stay_doubles() -> None:
+    plan, operands = plan_rows(_distinct(9, 3, 2), 3), _operands(9, 3, 2, "swiglu-bias")
+    _check(plan, {k: None if v is None else v.double() for k, v in operands.items()}, "swiglu-bias", 1e-12)
+
+
+def test_another_default_dtype_changes_nothing() -> None:
+    plan, operands, dy_TD = plan_rows(_distinct(9, 3, 2), 3), _operands(9, 3, 2, "swiglu-bias"), torch.randn(9, 20)
+    expected = _run(expert_mlp, plan, operands, "swiglu-bias", dy_TD)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = _run(expert_mlp, plan, operands, "swiglu-bias", dy_TD)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_torch_on_cuda_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of the CPU writes into buffers of the CPU."""
+    operands, plan = _operands(4, 3, 2, "swiglu"), plan_rows(_distinct(4, 3, 2), 3)
+    monkeypatch.setattr(expert_mlp_op, "expert_mlp_reference", lambda *a, **k: "reference")
+    with FakeTensorMode(), forced("torch"):
+        moved = {k: torch.empty(v.shape, device="cuda") for k, v in operands.items() if v is not None}
+        there = Plan(*(torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in plan))
+        assert expert_mlp(moved["x"], there, moved["w_in"], moved["w_out"]) == "reference"
 
 
 def test_views_and_expanded_gradients() -> None:

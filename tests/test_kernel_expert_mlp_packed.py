@@ -1,5 +1,6 @@
 """Packed experts against the reference in fp64, and when a pack is no longer used."""
 
+import copy
 import math
 
 import pytest
@@ -103,11 +104,46 @@ def test_a_pack_of_other_weights_is_dropped(change) -> None:
     assert_close_rms(y_TD, _expected(experts, x_TD, plan, None), 1e-5, "y")
 
 
-def test_the_reference_is_not_packed() -> None:
+def test_training_drops_the_pack() -> None:
+    """Optimizers may write through `.data`, which counts no versions."""
+    experts = _experts()
+    experts.pack()
+    experts.eval()
+    assert experts.packed is not None
+    experts.train()
+    experts.w_in.data *= 0.5
+    x_TD, plan = torch.randn(9, D), plan_rows(_ids(9), E)
+    with torch.no_grad():
+        assert_close_rms(experts.eval()(x_TD, plan), _expected(experts, x_TD, plan, None), 1e-5, "y")
+
+
+def test_a_copy_has_no_pack() -> None:
+    experts = _experts()
+    experts.pack()
+    twin = copy.deepcopy(experts)
+    assert twin.packed is None
+    assert experts.packed is not None
+    assert torch.equal(twin.w_in, experts.w_in)
+
+
+def test_the_reference_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     with forced("reference"):
         experts = _experts()
         experts.pack()
     assert experts.packed is None
+    experts.pack()
+    monkeypatch.setattr(PackedExperts, "__call__", None)
+    with forced("reference"), torch.no_grad():
+        assert experts(torch.randn(9, D), plan_rows(_ids(9), E)).shape == (9, D)
+
+
+def test_refuses_what_the_weights_themselves_refuse() -> None:
+    experts, plan = _experts(), plan_rows(_ids(9), E)
+    experts.pack()
+    with torch.no_grad():
+        for x_TD in (torch.randn(9, D, dtype=torch.bfloat16), torch.randn(11, D), torch.randn(9, D + 1)):
+            with pytest.raises(ValueError, match=r"expert_mlp: (x|w_in) "):
+                experts(x_TD, plan)
 
 
 def test_packed_weights_of_inference_mode() -> None:

@@ -168,16 +168,18 @@ def test_operands_that_are_not_contiguous(backend: str) -> None:
     assert_close_rms(grad, expected_grad, 1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "interpret"])
 @pytest.mark.parametrize("case", ["softmax", "groups", "replay and padding", "no token"])
-def test_the_operator_is_well_formed(case: str) -> None:
+def test_the_operator_is_well_formed(case: str, backend: str) -> None:
     tokens, experts, top_k, kind = CASES[case]
     logits, options = operands(tokens, experts, top_k, kind)
     rest = (options.get("groups", 1), options.get("topk_groups", 1), options.get("valid_T"), options.get("ids_TK"))
     arguments = (logits.requires_grad_(), top_k, options.get("score", "softmax"), None, *rest)
-    torch.library.opcheck(_gate, arguments)
-    scores, weights, ids, _ = (output.detach() for output in _gate(*arguments))
-    torch.library.opcheck(_gate_backward, (scores, ids, scores, weights, "softmax"))
-    torch.library.opcheck(_gate_backward, (scores, ids, None, weights, "sigmoid"))
+    with forced(backend):
+        torch.library.opcheck(_gate, arguments)
+        scores, weights, ids, _ = (output.detach() for output in _gate(*arguments))
+        torch.library.opcheck(_gate_backward, (scores, ids, scores, weights, "softmax"))
+        torch.library.opcheck(_gate_backward, (scores, ids, None, weights, "sigmoid"))
 
 
 def test_replayed_choices_come_back_as_a_copy() -> None:

@@ -236,19 +236,21 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("backend", ["torch", "interpret"])
 @pytest.mark.parametrize("layout", ["rows", "slots"])
-def test_the_operators_are_well_formed(layout: str) -> None:
+def test_the_operators_are_well_formed(layout: str, backend: str) -> None:
     ids = choices(7, 3, 5, 0.2)
-    torch.library.opcheck(_plan, (ids, 5, -1 if layout == "rows" else 4))
     plan = plan_rows(ids, 5) if layout == "rows" else plan_slots(ids, 5, 4)
     x = torch.randn(7, 6, requires_grad=True)
     y = torch.randn(len(plan.source_R), 6, requires_grad=True)
     w = torch.rand(7, 3, requires_grad=True)
     where = (plan.source_R, plan.slot_TK)
-    torch.library.opcheck(_permute, (x, *where))
-    torch.library.opcheck(_unpermute, (y, *where, w))
-    torch.library.opcheck(_unpermute, (y, *where, None))
-    torch.library.opcheck(_unpermute_backward, (x.detach(), y.detach(), *where, w.detach()))
+    with forced(backend):
+        torch.library.opcheck(_plan, (ids, 5, -1 if layout == "rows" else 4))
+        torch.library.opcheck(_permute, (x, *where))
+        torch.library.opcheck(_unpermute, (y, *where, w))
+        torch.library.opcheck(_unpermute, (y, *where, None))
+        torch.library.opcheck(_unpermute_backward, (x.detach(), y.detach(), *where, w.detach()))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -97,12 +97,26 @@ def test_strided_input_and_no_grad(backend):
         assert_close_rms(rmsnorm.rms_norm(x, weight, 1e-5), rmsnorm.rms_norm_reference(x, weight, 1e-5))
 
 
-def test_operators_pass_opcheck():
+@pytest.mark.parametrize("backend", ["torch", "interpret"])
+def test_strided_weight(backend):
+    x, weight = torch.randn(7, 5, requires_grad=True), torch.randn(10)[::2].requires_grad_()
+    with forced(backend):
+        actual = rmsnorm.rms_norm(x, weight, 1e-5)
+        got = actual, *torch.autograd.grad(actual.square().sum(), (x, weight))
+    expected = rmsnorm.rms_norm_reference(x, weight, 1e-5)
+    wanted = expected, *torch.autograd.grad(expected.square().sum(), (x, weight))
+    for a, b in zip(got, wanted, strict=True):
+        assert_close_rms(a, b)
+
+
+@pytest.mark.parametrize("backend", ["torch", "interpret"])
+def test_operators_pass_opcheck(backend):
     (x, residual, weight), dy, dh = inputs((3, 4, 6))
-    torch.library.opcheck(torch.ops.coterie.rms_norm.default, (x, weight, 1e-5))
-    torch.library.opcheck(torch.ops.coterie.rms_norm_add.default, (x, residual, weight, 1e-5))
-    scale = torch.rand(3, 4, 1)
-    torch.library.opcheck(torch.ops.coterie.rms_norm_backward.default, (dy, dh, x.detach(), weight.detach(), scale))
+    gradients = (dy, dh, x.detach(), weight.detach(), torch.rand(3, 4, 1))
+    with forced(backend):
+        torch.library.opcheck(torch.ops.coterie.rms_norm.default, (x, weight, 1e-5))
+        torch.library.opcheck(torch.ops.coterie.rms_norm_add.default, (x, residual, weight, 1e-5))
+        torch.library.opcheck(torch.ops.coterie.rms_norm_backward.default, gradients)
 
 
 def test_a_weight_of_another_width_is_refused():

@@ -75,9 +75,11 @@ def test_reads_a_slice_of_a_fused_projection(backend):
             assert_close_rms(rope(part, cos, sin), rope_reference(part, cos, sin))
 
 
-def test_operator_passes_opcheck():
+@pytest.mark.parametrize("backend", ["torch", "interpret"])
+def test_operator_passes_opcheck(backend):
     x = torch.randn(2, 5, 3, 8, requires_grad=True)
-    torch.library.opcheck(torch.ops.coterie.rope.default, (x, *tables(2, 5, 8, batched=True), False))
+    with forced(backend):
+        torch.library.opcheck(torch.ops.coterie.rope.default, (x, *tables(2, 5, 8, batched=True), False))
 
 
 def test_tables_are_exact_far_out():

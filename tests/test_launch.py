@@ -64,7 +64,24 @@ def test_an_absent_master_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         init_ranks("cpu", timeout_s=1)
 
 
-@pytest.mark.parametrize(("name", "value"), [("RANK", "two"), ("WORLD_SIZE", "")])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RANK", "5", "RANK=5 is not one of WORLD_SIZE=2 ranks"),
+        ("WORLD_SIZE", "0", "RANK=0 is not one of WORLD_SIZE=0 ranks"),
+        ("MASTER_PORT", "99999", "MASTER_PORT=99999 is not a port"),
+    ],
+)
+def test_a_number_out_of_range_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str) -> None:
+    """Torch would wait half an hour for a rank 5 of 2."""
+    for one, right in zip(TORCHRUN, ("0", "2", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(one, right)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        init_ranks("cpu")
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "two"), ("WORLD_SIZE", ""), ("MASTER_PORT", "-1")])
 def test_a_number_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     for one, right in zip(TORCHRUN, ("0", "1", "127.0.0.1", "1"), strict=True):
         monkeypatch.setenv(one, right)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from coterie.models.parallelize import parallelize
 from coterie.moe.balance import update_bias
 from coterie.parallel.launch import Ranks
 from coterie.parallel.mesh import build_mesh
+from coterie.train.clock import peak_flops
 from coterie.train.faults import first_bad_layer
 from coterie.train.manifest import list_checkpoints
-from coterie.train.metrics import read_metrics
+from coterie.train.metrics import MetricsWriter, read_metrics
 from coterie.train.objective import LanguageModelling, Losses, Term
 
 
@@ -345,3 +347,85 @@ def test_an_objective_without_a_router(tmp_path: Path) -> None:
     trainer = make_trainer(config, model, objective=Regression(), steps=lambda _: iter([[(x, y)]] * 300))  # type: ignore[arg-type]
     trainer.run()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["square"] < 1e-3
+
+
+def test_a_full_disk_costs_rows_and_no_others(tmp_path: Path, capsys) -> None:
+    """Half a row is left by the failed write; the rows after it must not be lost with it."""
+    writer = MetricsWriter(tmp_path, start=0, tensorboard=False)
+
+    class Board:
+        def add_scalar(self, *_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        close = add_scalar
+
+    row = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0, "mfu": 1.0, "loads": [], "time": {}}
+    writer.write({"step": 1} | row, total_steps=4)
+    real, writer._file = writer._file, tmp_path  # a folder cannot be written
+    writer.write({"step": 2} | row, total_steps=4)
+    with real.open("a") as file:
+        file.write('{"step": 2, "lo')
+    writer._file, writer._board = real, Board()
+    writer.write({"step": 3} | row, total_steps=4)
+    writer.write({"step": 4} | row, total_steps=4)
+    writer.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 3, 4]
+    out, err = capsys.readouterr()
+    assert out.count("step") == 4
+    assert err.count("cannot be written") == 2, "the rows and the board are told of once each"
+
+
+def test_starting_anew_keeps_the_rows_of_before(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=2)
+    make_trainer(config).run()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again = make_trainer(replace(config, checkpoint=replace(config.checkpoint, resume="never")))
+    again.resume()
+    again.run()
+    assert (tmp_path / "aside_metrics.jsonl").read_text() == before
+    assert losses_of(tmp_path) == [row["loss"] for row in map(json.loads, before.splitlines())]
+
+
+def test_the_board_is_closed_when_the_run_fails(tmp_path: Path, monkeypatch) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr(MetricsWriter, "close", lambda self: closed.append(1))
+    with pytest.raises(ArithmeticError):
+        make_trainer(small_config(tmp_path, max_bad_steps=1), objective=Poison(set(range(99)), "loss")).run()
+    assert closed == [1]
+
+
+def test_data_that_ends_early_is_told(tmp_path: Path) -> None:
+    """A run resumed with smaller batches has consumed more samples than the new settings have."""
+    config = small_config(tmp_path, steps=6)
+    with pytest.raises(ValueError, match=r"the data ended after step 2 of 6, at 16 samples: .*batch_size"):
+        make_trainer(config, steps=lambda consumed: islice(batch_steps(config)(consumed), 2)).run()
+
+
+def test_a_checkpoint_named_by_another_path_keeps_its_place(tmp_path: Path, monkeypatch) -> None:
+    """Relative or absolute, and one that was set aside before: only what is newer goes out of the way."""
+    config = small_config(tmp_path, steps=6)
+    config = replace(config, checkpoint=replace(config.checkpoint, every=2, keep=9))
+    make_trainer(config).run()
+    folder = tmp_path / "checkpoints"
+
+    def resume(start: str | Path) -> list[str]:
+        trainer = make_trainer(replace(config, checkpoint=replace(config.checkpoint, resume=str(start))))
+        trainer.resume()
+        assert trainer.progress.step == 4
+        return sorted(p.name for p in folder.iterdir())
+
+    monkeypatch.chdir(tmp_path)
+    expected = ["aside_step_00000006", "step_00000002", "step_00000004"]
+    assert resume("checkpoints/step_00000004") == expected
+    (folder / "step_00000004").rename(folder / "aside_step_00000004")
+    expected = ["aside_step_00000004", "aside_step_00000006", "step_00000002"]
+    assert resume(folder / "aside_step_00000004") == expected
+    (folder / "elsewhere").mkdir()
+    (folder / "aside_step_00000004").rename(folder / "elsewhere" / "the best")
+    assert resume(folder / "elsewhere" / "the best")[-1] == "elsewhere"
+    assert list_checkpoints(folder) == [], "none of this folder's is older than a start from elsewhere"
+
+
+def test_a_peak_is_measured_however_busy_the_machine_is() -> None:
+    """The warm-up may take longer than all of the time that is given."""
+    assert peak_flops(torch.device("cpu"), torch.float32, budget=0.0) > 0

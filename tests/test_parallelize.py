@@ -139,7 +139,7 @@ def _check_values(rank: int, world: int, folder: str) -> None:
             if ep == 4:
                 assert isinstance(model.blocks[3].moe.experts.w_in, DTensor)
                 assert model.blocks[3].moe.experts.w_in.to_local().shape[0] == 8 // world
-            save_model(target, model)
+            save_model(target, model, file_bytes=10_000 if ep == 4 else 10**9)  # several files, then one
             dist.barrier()
             again = parallelize(GPT(config, device="meta"), mesh)
             load_weights(target, again)
@@ -245,6 +245,18 @@ def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch, caplog: py
         assert module._can_compile("cpu") is False
     assert "no working compiler here (no C++ compiler)" in caplog.text
     assert "more lines" not in caplog.text
+
+
+def test_a_compiler_that_cannot_link_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from coterie.models import parallelize as module
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "c++")
+    monkeypatch.setattr(torch, "__file__", "/my models/torch/__init__.py")
+    with caplog.at_level("WARNING", logger="coterie"):
+        assert module._can_compile("cpu") is False
+    assert "/my models/torch has a space in its name" in caplog.text
 
 
 def _check_refusal(rank: int, world: int) -> None:

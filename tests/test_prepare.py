@@ -244,3 +244,37 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, vocabulary: Path) -> 
     assert _read(prepare([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer=vocabulary).prefix) == [
         "ok 😀 bad \ufffd."
     ]
+
+
+def test_a_special_token_in_a_text_is_text(tmp_path: Path, vocabulary: Path) -> None:
+    """A document that spells the end-of-document token does not end there."""
+    text = "before<|endoftext|>after"
+    (tmp_path / "a.txt").write_text(text)
+    result = prepare([tmp_path / "a.txt"], tmp_path / "p", tokenizer=vocabulary)
+    tokenizer = Tokenizer(f"{result.prefix}.tokenizer.json")
+    ids = np.fromfile(f"{result.prefix}.bin", np.uint16).tolist()
+    assert ids.count(tokenizer.eos_id) == 1
+    assert ids[-1] == tokenizer.eos_id
+    assert _read(result.prefix) == [text]
+    (tmp_path / "b.txt").write_text(text * 50)
+    trained = prepare([tmp_path / "b.txt"], tmp_path / "q", train_vocab=300)
+    assert _read(trained.prefix) == [text * 50]
+
+
+def test_documents_end_with_the_token_that_training_will_look_for(tmp_path: Path, vocabulary: Path) -> None:
+    """The tokenizer beside the output comes without its folder's tokenizer_config.json, which may name another."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    inner = json.loads(vocabulary.read_text())
+    extra = dict(inner["added_tokens"][0], id=len(inner["model"]["vocab"]), content="<stop>")
+    inner["added_tokens"].append(extra)
+    (folder / "tokenizer.json").write_text(json.dumps(inner))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    (tmp_path / "a.txt").write_text("one fish")
+    assert _read(prepare([tmp_path / "a.txt"], tmp_path / "p", tokenizer=folder).prefix) == ["one fish"]
+    inner["added_tokens"] = [extra]
+    del inner["model"]["vocab"]["<|endoftext|>"]
+    (folder / "tokenizer.json").write_text(json.dumps(inner))
+    with pytest.raises(ValueError, match="none of the usual end-of-document tokens"):
+        prepare([tmp_path / "a.txt"], tmp_path / "q", tokenizer=folder)
+    assert not list(tmp_path.glob("q*"))

@@ -15,6 +15,7 @@ from runs import write_text
 
 from coterie.models.gpt import GPT
 from coterie.models.params import count_params
+from coterie.models.tokenizer import train_bpe
 from coterie.models.weights import load_model
 from coterie.parallel.launch import Ranks
 from coterie.train import session
@@ -65,6 +66,12 @@ MISTAKES = {
     "long samples": (["tiny", "--seq-len", "100"], r"seq_len 100 is over model.max_positions 64"),
     "micro batch": (["tiny", "--micro-batch", "3"], r"micro_batch 3 does not divide a rank's 8 sequences"),
     "rates": (["tiny", "--optim.min-lr", "1.0"], r"min_lr 1.0 is not between 0 and optim.lr 0.003"),
+    "bad steps": (["tiny", "--max-bad-steps", "0"], r"max_bad_steps is 0: give 1 or more"),
+    "negative count": (["tiny", "--eval-batches", "-1"], r"eval_batches is -1: give 0 or more"),
+    "negative leaf": (["tiny", "--checkpoint.every", "-5"], r"checkpoint.every is -5: give 0 or more"),
+    "clip": (["tiny", "--optim.clip", "-1"], r"optim.clip is -1.0: give 0 or more"),
+    "infinite rate": (["tiny", "--optim.lr", "inf"], r"optim.lr is inf: give a number above 0"),
+    "beta": (["tiny", "--optim.beta2", "1"], r"optim.beta2 is 1.0: give a number from 0 to below 1"),
     "no tp": (["tiny", "--parallel.tp", "2"], r"tensor parallelism"),
     "ep over ranks": (["tiny", "--parallel.ep", "2"], r"ep is 2, which does not divide 1 ranks"),
     "no data": (["tiny", "--parallel.device", "cpu"], r"no training data: give data.train"),
@@ -110,6 +117,11 @@ def test_wrong_and_foreign_data(data: Path, tmp_path: Path, capsys) -> None:
     assert "nowhere.bin" in refused(flags(tmp_path / "nowhere", run), capsys, run)
     small = refused(flags(data, run, "--model.vocab-size", "120"), capsys, run)
     assert re.search(r"has 300 tokens but the model's vocabulary 120", small)
+    for name in (".bin", ".idx"):  # tokens of a larger vocabulary than the tokenizer that lies beside them
+        Path(f"{tmp_path / 'mixed'}{name}").write_bytes(Path(f"{data}{name}").read_bytes())
+    train_bpe(["ab"], 257).save(tmp_path / "mixed.tokenizer.json")
+    mixed = refused(flags(tmp_path / "mixed", run, "--model.vocab-size", "260"), capsys, run)
+    assert re.search(r"mixed holds token \d+ but the model's vocabulary ends before 260", mixed)
     for name in (".bin", ".idx"):
         Path(f"{tmp_path / 'empty'}{name}").touch()
     assert "empty" in refused(flags(tmp_path / "empty", run), capsys, run)
@@ -160,9 +172,28 @@ def test_full_disk_at_the_last_save_is_an_error(data: Path, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Checkpointer, "_write_shards", full)
-    assert main(flags(data, tmp_path / "run", "--steps", "1", "--eval-batches", "0")) == 2
+    run = tmp_path / "run"
+    assert main(flags(data, run, "--steps", "1", "--eval-batches", "0")) == 2
     _, err = capsys.readouterr()
+    load_model(run / "model")  # a third of a checkpoint may still have room, and is what the run was for
     assert "step 1 was not written: [Errno 28] No space left on device; there is no older one" in err.splitlines()[-1]
+
+
+def test_a_full_disk_leaves_the_config_whole(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    run = tmp_path / "run"
+    assert main(flags(data, run, "--steps", "1", "--eval-batches", "0")) == 0
+    before = (run / "config.json").read_text()
+    real = Path.write_text
+
+    def full(self: Path, text: str, *rest: str, **more: str) -> int:
+        real(self, text[: len(text) // 2], *rest, **more)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    capsys.readouterr()
+    assert main(flags(data, run, "--steps", "2", "--eval-batches", "0")) == 2
+    assert "coterie: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert (run / "config.json").read_text() == before
 
 
 def test_a_port_in_use_gets_one_sentence(data: Path, tmp_path: Path) -> None:
@@ -188,6 +219,18 @@ def test_a_port_in_use_gets_one_sentence(data: Path, tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("coterie: ")
     assert f"port {port} on 127.0.0.1 is in use" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_environment_that_is_not_torchruns(tmp_path: Path, monkeypatch, capsys) -> None:
+    for world in ("two", "", "0"):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert f"WORLD_SIZE={world!r} is not a number of ranks" in refused(["tiny"], capsys)
+
+
+def test_the_traceback_can_be_asked_for(monkeypatch) -> None:
+    monkeypatch.setenv("COTERIE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no recipe"):
+        main(["tinny"])
 
 
 def test_help(capsys) -> None:

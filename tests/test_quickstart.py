@@ -1,7 +1,6 @@
 """The quickstart's stages: each leaves its result behind, and none is done twice."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 pytest.importorskip("megatron.core", reason="the quickstart reads its tokens through megatron-core")
 from coterie.train import quickstart
 from coterie.train.corpus import Corpus
+from coterie.train.launch import launch
 from coterie.train.metrics import read_metrics
 from coterie.train.prepare import outputs
 
@@ -35,15 +35,14 @@ SMALL = [word for name, value in LEAVES.items() for word in (f"--{name}", str(va
 def test_stages_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     calls = []
 
-    def call(command: list[str], env: dict[str, str]) -> int:
-        calls.append(command)
-        experts = ["--model.experts", "0", "4"] if "quickstart_prmoe" in command else []
-        return call_really([*command, *SMALL, *experts], env=env)
+    def start(ranks: int, arguments: list[str]) -> int:
+        calls.append(arguments)
+        experts = ["--model.experts", "0", "4"] if arguments[0] == "quickstart_prmoe" else []
+        return launch(ranks, [*arguments, *SMALL, *experts])
 
-    call_really = subprocess.call
     monkeypatch.setattr(quickstart, "stdlib_corpus", lambda: CORPUS)
     monkeypatch.setattr(quickstart, "VOCABULARY", 300)
-    monkeypatch.setattr(subprocess, "call", call)
+    monkeypatch.setattr(quickstart, "launch", start)
     quickstart.quickstart(tmp_path, seed=7)
     assert len(calls) == 2
     shown = capsys.readouterr().out
@@ -63,6 +62,6 @@ def test_stages_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "call", lambda *_, **__: 3)
+    monkeypatch.setattr(quickstart, "launch", lambda *_: 3)
     with pytest.raises(ChildProcessError, match="status 3"):
         quickstart._pretrain("quickstart_dense", tmp_path / "run", tmp_path / "a", tmp_path / "b", 1)

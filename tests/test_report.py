@@ -105,11 +105,11 @@ def test_a_later_row_of_a_step_wins(tmp_path: Path) -> None:
 
 
 def test_several_runs_are_compared(tmp_path: Path) -> None:
-    a = _write(tmp_path / "a" / "run", [_row(s) for s in range(1, 30)])
-    b = _write(tmp_path / "b" / "run", [_row(s, layers=(), valid_loss=3.25) for s in range(1, 30)])
+    a = _write(tmp_path / "a" / "$^^$", [_row(s) for s in range(1, 30)])
+    b = _write(tmp_path / "b" / "$^^$", [_row(s, layers=(), valid_loss=3.25) for s in range(1, 30)])
     page = report(a, b).read_text()
     first = _images(page)[0]
-    for name in ("a/run", "b/run"):
+    for name in ("a/$^^$", "b/$^^$"):
         assert f"{name}: training" in first
         assert f"<h2>{name}</h2>" in page
     assert "<tr><td>validation loss</td><td>-</td><td>3.250</td></tr>" in page

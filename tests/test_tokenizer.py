@@ -58,6 +58,33 @@ def test_the_end_may_have_another_name(tmp_path: Path) -> None:
         Tokenizer(tmp_path, eos="<end>")
 
 
+def test_a_saved_tokenizer_keeps_its_end_of_a_document(tmp_path: Path) -> None:
+    """Of two usual names the config says the less usual one (Qwen): the data ends documents with that."""
+    import tokenizers
+
+    both = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, EOS: 1, "<|im_end|>": 2}, []))
+    both.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer(tmp_path).eos_id == 1
+    assert Tokenizer(tmp_path).files().keys() == {"tokenizer.json"}
+    told = Tokenizer(tmp_path, eos="<|im_end|>")
+    for path in (tmp_path / "tokenizer.json", tmp_path / "data.tokenizer.json"):
+        told.save(path)
+        assert Tokenizer(path).eos_id == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [("{", "is no tokenizer_config"), ("[1]", "is no tokenizer_config"), ('{"eos_token": 3}', "has eos_token 3")],
+)
+def test_a_config_that_says_nothing_is_named(tmp_path: Path, config: str, words: str) -> None:
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ValueError, match=words):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": null}')
+    assert Tokenizer(tmp_path).eos_id == 0
+
+
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"give a tokenizer\.json or its directory"):
         Tokenizer(tmp_path / "nothing")

@@ -1,6 +1,8 @@
 """Model directories: what is written comes back, and what does not fit is refused whole."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT
 from coterie.models.presets import PRESETS
+from coterie.models.tensor_files import split_names
 from coterie.models.tokenizer import Tokenizer, train_bpe
 from coterie.models.weights import (
     config_from_dict,
@@ -127,11 +130,123 @@ def test_a_failed_save_leaves_the_old_model(saved: Path, monkeypatch: pytest.Mon
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coterie.models.weights.save_file", full)
+    monkeypatch.setattr("coterie.models.tensor_files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(saved, load_model(saved))
     assert (saved / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_a_full_disk_is_an_os_error(saved: Path, tmp_path: Path) -> None:
+    """The library has an error of its own, which no caller expects."""
+    script = """
+import resource, signal, sys
+from coterie.models.weights import load_model, save_model
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = load_model(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+try:
+    save_model(sys.argv[2], model)
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(saved), str(tmp_path / "new")], capture_output=True, text=True, timeout=120
+    )
+    assert "model.safetensors could not be written" in done.stdout, done.stderr
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+FILES = [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
+
+
+def _split(saved: Path) -> Path:
+    save_model(saved, load_model(saved), file_bytes=18_000)
+    return saved
+
+
+def test_a_large_model_is_cut_into_files(saved: Path) -> None:
+    """As Hugging Face does: an index names each tensor's file; the two forms replace each other without leftovers."""
+    whole = load_file(saved / "model.safetensors")
+    others = ["config.json", "tokenizer.json"]
+    _split(saved)
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    assert sorted(p.name for p in saved.iterdir()) == sorted([*others, *FILES, "model.safetensors.index.json"])
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    for file in FILES:
+        part = load_file(saved / file)
+        assert {name for name, home in index["weight_map"].items() if home == file} == part.keys()
+        assert sum(tensor.nbytes for tensor in part.values()) <= 18_000 or len(part) == 1
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in part.items())
+    loaded = load_model(saved)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in loaded.state_dict().items())
+    save_model(saved, loaded)
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert torch.equal(load_model(saved).embed.weight, loaded.embed.weight)
+
+
+def test_what_a_killed_save_left_is_taken_away(saved: Path) -> None:
+    (saved / ".partial").mkdir()
+    (saved / ".partial" / "model.safetensors").write_bytes(b"half")
+    save_model(saved, load_model(saved))
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_files_are_filled_in_order() -> None:
+    assert split_names({"a": 3, "b": 4}, 7) == {"model.safetensors": ["a", "b"]}
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    groups = [["a"], ["b"], ["c", "d"]]
+    assert split_names({"a": 3, "b": 40, "c": 3, "d": 4}, 7) == dict(zip(names, groups, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("{", "is damaged or no index"),
+        ('{"weight_map": 3}', "is damaged or no index"),
+        ("[]", "is damaged or no index"),
+        ('{"weight_map": {"a": "../other/model.safetensors"}}', "names '../other/model.safetensors', expected a"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd', expected a .safetensors file beside it"),
+        ('{"weight_map": {"a": 3}}', "names 3, expected a"),
+    ],
+)
+def test_an_index_that_leads_astray_is_refused(saved: Path, index: str, words: str) -> None:
+    (_split(saved) / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=words):
+        load_model(saved)
+
+
+def test_files_of_an_index_must_be_there_and_hold_each_tensor_once(saved: Path) -> None:
+    first, second = (_split(saved) / file for file in FILES[:2])
+    kept = load_file(second)
+    save_file(kept | {"final_norm.weight": torch.zeros(24)}, second)
+    with pytest.raises(ValueError, match=r"final_norm\.weight, but another file"):
+        load_model(saved)
+    missing = next(iter(kept))
+    save_file({name: tensor for name, tensor in kept.items() if name != missing}, second)
+    with pytest.raises(ValueError, match=f"does not fit the model: {missing} is missing"):
+        load_model(saved)
+    first.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model-00001-of-00004\.safetensors"):
+        load_model(saved)
+
+
+def test_integers_are_no_weights(saved: Path) -> None:
+    _change(saved, **{"embed.weight": torch.zeros(300, 24, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=r"embed\.weight is stored as I64, expected one of"):
+        load_model(saved)
+
+
+def test_a_config_of_another_size_takes_no_memory(saved: Path) -> None:
+    """A wrong number in config.json is refused before anything of that size is made."""
+    data = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(data | {"vocab_size": 10**13}))
+    with pytest.raises(ValueError, match=r"embed\.weight has shape \[300, 24\], expected \[10000000000000, 24\]"):
+        load_model(saved)
+    (saved / "config.json").write_text(json.dumps(data | {"layers": 10**9, "experts": []}))
+    with pytest.raises(ValueError, match="1000000000 layers need more tensors"):
+        load_model(saved)
 
 
 @pytest.mark.parametrize("name", PRESETS)

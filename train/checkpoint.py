@@ -207,11 +207,13 @@ class Checkpointer:
             )
         return None, []
 
-    def set_aside(self, start: Path | None) -> list[str]:
-        """Takes checkpoints that are not behind `start` out of the line, so that none of them outlives (as the
-        newest) what this run will write; returns their names."""
-        step = step_of(start) if start and start.parent == self.directory else -1
-        moved = [p for p in list_checkpoints(self.directory) if step_of(p) > step]
+    def set_aside(self, start: Path | None, step: int) -> list[str]:
+        """Takes checkpoints that are not behind `start`, which is at `step`, out of the line, so that none of them
+        outlives (as the newest) what this run will write; returns their names."""
+        here = start is not None and start.resolve().parent == self.directory.resolve()
+        behind = {p for p in list_checkpoints(self.directory) if here and step_of(p) < step}
+        own = start.name if start is not None and here else None
+        moved = [p for p in list_checkpoints(self.directory) if p not in behind and p.name != own]
         self._barrier()
         if self.rank == 0:
             for path in moved:

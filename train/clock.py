@@ -99,9 +99,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.2) ->
                 return peak
     size = 4096 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product(a, b)  # the first one also prepares
     best, end = float("inf"), time.perf_counter() + budget
-    product(a, b)
-    while time.perf_counter() < end:
+    while best == float("inf") or time.perf_counter() < end:
         if device.type == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal, cast, get_type_hints
 
@@ -168,6 +169,7 @@ def check(config: TrainConfig, world: int) -> None:
     Raises:
         ValueError: one sentence with what was given, what is expected and what to do.
     """
+    _check_counts(config)
     _check_sizes(config, world)
     _check_optim(config.optim)
     model, parallel = config.model, config.parallel
@@ -189,10 +191,23 @@ def check(config: TrainConfig, world: int) -> None:
             )
 
 
-def _check_sizes(config: TrainConfig, world: int) -> None:
-    for name in ("seq_len", "batch_size"):
+def _check_counts(config: TrainConfig) -> None:
+    for name in ("seq_len", "batch_size", "max_bad_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}: give 1 or more")
+    for part, names in (
+        ("", ("tokens", "steps", "eval_every", "eval_batches")),
+        ("optim", ("warmup_tokens", "decay_tokens", "cooldown_tokens", "eps", "weight_decay", "clip")),
+        ("parallel", ("threads",)),
+        ("checkpoint", ("every",)),
+    ):
+        for name in names:
+            value = getattr(getattr(config, part) if part else config, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{part}{'.' * bool(part)}{name} is {value}: give 0 or more")
+
+
+def _check_sizes(config: TrainConfig, world: int) -> None:
     if config.total_steps < 1:
         raise ValueError("the run has no length: give --tokens or --steps")
     if config.seq_len > config.model.max_positions:
@@ -211,7 +226,10 @@ def _check_sizes(config: TrainConfig, world: int) -> None:
 
 
 def _check_optim(optim: OptimConfig) -> None:
-    if not optim.lr > 0:
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise ValueError(f"optim.{name} is {getattr(optim, name)}: give a number from 0 to below 1")
+    if not 0 < optim.lr < math.inf:
         raise ValueError(f"optim.lr is {optim.lr}: give a number above 0")
     if not 0 <= optim.min_lr <= optim.lr:
         raise ValueError(f"optim.min_lr {optim.min_lr} is not between 0 and optim.lr {optim.lr}")

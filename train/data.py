@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..models.tokenizer import Tokenizer
 from .config import DataConfig
-from .token_files import TokenFiles, largest_token, open_token_files, quiet_megatron
+from .token_files import SCAN_BYTES, TokenFiles, largest_token, open_token_files, quiet_megatron
 
 IGNORE = -100
 READY = "ready"
@@ -168,7 +168,7 @@ def _check_vocabulary(config: DataConfig, files: list[TokenFiles], vocab_size: i
             f"set model.vocab_size to at least {tokenizer.vocab_size}"
         )
     for f in files:
-        if Path(f"{f.prefix}.tokenizer.json") not in beside and (largest := largest_token(f)) >= vocab_size:
+        if (largest := largest_token(f, SCAN_BYTES // len(files))) >= vocab_size:
             raise ValueError(
                 f"{f.prefix} holds token {largest:,} but the model's vocabulary ends before {vocab_size:,}: "
                 f"set model.vocab_size to at least {largest + 1}, or prepare the data with the model's tokenizer"
@@ -266,11 +266,18 @@ def batches(
     for step in range(start_sample, count if pad_last else count - global_batch + 1, global_batch):
         for first in range(step + rank * part, step + (rank + 1) * part, micro_batch):
             batch = _stack([dataset[i] if i < count else None for i in range(first, first + micro_batch)], dataset)
-            if vocab_size is not None and (largest := int(batch.tokens_BS.max())) >= vocab_size:
-                raise ValueError(
-                    f"the data holds token {largest:,}, outside the model's vocabulary of {vocab_size:,}"
-                )
+            if vocab_size is not None:
+                _check_ids(batch, vocab_size)
             yield batch
+
+
+def _check_ids(batch: Batch, vocab_size: int) -> None:
+    """A sample's last target is no token of it, so both are looked at."""
+    low, high = batch.tokens_BS.aminmax()
+    largest = max(int(high), int(batch.targets_BS.max()))
+    if low < 0 or largest >= vocab_size:
+        found = int(low) if low < 0 else largest
+        raise ValueError(f"the data holds token {found:,}, outside the model's vocabulary of {vocab_size:,}")
 
 
 def _stack(samples: list[dict[str, Tensor] | None], dataset: Any) -> Batch:

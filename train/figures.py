@@ -141,7 +141,7 @@ def loss_figure(runs: Sequence[Run]) -> str:
     axis, top, lines = axes[0, 0], [], []
     for run, color in zip(runs, _cycle(len(runs)), strict=True):
         x, y = run.series("loss")
-        name = f"{run.name}: " if len(runs) > 1 else ""
+        name = run.name.replace("$", r"\$") + ": " if len(runs) > 1 else ""  # between dollars is mathematics
         if len(x):
             axis.plot(*thin(x, y), color=color, alpha=0.22, linewidth=0.8)
             axis.plot(*thin(x, smooth(y)), color=color, linewidth=1.8, label=f"{name}training")

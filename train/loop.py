@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -98,18 +99,14 @@ class Trainer:
 
         Raises:
             CheckpointError: the last save failed.
+            ValueError: the data ended before the run.
             ArithmeticError: too many steps in a row were not finite.
         """
         config, valid_loss, stop = self.config, None, False
         peak = self._peak()
-        writer = None
-        if self.ranks.first:
-            log = config.log
-            start = self.progress.step
-            writer = MetricsWriter(Path(config.run_dir), start=start, every=log.every, tensorboard=log.tensorboard)
-        with StopRequest() as request:
+        with self._writer() as writer, StopRequest() as request:
             data = iter(self.steps(self.progress.samples))
-            while self.progress.step < config.total_steps and not stop:
+            while not self.finished and not stop:
                 begin = time.perf_counter()
                 totals = self.step(data, request.signal > 0)
                 stop, seconds = totals.stop, time.perf_counter() - begin
@@ -123,14 +120,25 @@ class Trainer:
                 if stop or self._due(config.checkpoint.every):
                     self.save()
             problem = self.checkpoints.wait()
-        if writer is not None:
-            writer.close()
         if problem:
             raise CheckpointError(problem)
         if stop:
             name = signal.Signals(request.signal).name if request.signal else "a signal on another rank"
             self.ranks.log.info(f"{name}: saved at step {self.progress.step}; the same command goes on from there")
-        return Summary(self.progress, self.progress.step >= config.total_steps, valid_loss)
+        return Summary(self.progress, self.finished, valid_loss)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.config.total_steps
+
+    def _writer(self) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+        """Rank 0's, closed also when the run fails."""
+        if not self.ranks.first:
+            return contextlib.nullcontext()
+        log, folder = self.config.log, Path(self.config.run_dir)
+        return contextlib.closing(
+            MetricsWriter(folder, start=self.progress.step, every=log.every, tensorboard=log.tensorboard)
+        )
 
     def _row(self, totals: Totals, seconds: float, peak: float) -> dict[str, Any]:
         pace = self.config.step_tokens / seconds
@@ -161,7 +169,10 @@ class Trainer:
         """
         config = self.config
         with self.clock.span("data"):
-            batches = next(data)
+            batches = next(data, None)
+            if batches is None:
+                where = f"step {self.progress.step} of {config.total_steps}, at {self.progress.samples} samples"
+                raise ValueError(f"the data ended after {where}: keep the batch_size of the run, or give more steps")
             counts = self._global_counts(batches)
         self.model.train()
         seed_noise(self.model, config.seed, self.progress.step, self.ranks.rank)
@@ -280,8 +291,8 @@ class Trainer:
                 set_random_state(noise, device)
             self.progress = replace(stored, world=self.ranks.world)
             log.info(f"resumed from {path}, step {stored.step}")
-        for name in self.checkpoints.set_aside(path):
-            log.info(f"{name} is newer than the start of this run: renamed to aside_{name}")
+        for name in self.checkpoints.set_aside(path, self.progress.step):
+            log.info(f"{name} is not behind the start of this run: renamed to aside_{name}")
 
     def save(self) -> None:
         """Begins a checkpoint. One that could not be written is told of; the run goes on without it."""

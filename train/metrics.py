@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,15 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run directory or of a metrics.jsonl; a last line that a crash has cut is left out."""
+    """The rows of a run directory or of a metrics.jsonl; lines that a crash or a full disk has cut are left out."""
     path = Path(path)
     file = path / METRICS if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: is {path} a run directory?")
     rows = []
     for line in file.read_text().splitlines():
-        try:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            break
     return rows
 
 
@@ -54,9 +53,12 @@ class MetricsWriter:
         """`start`: the step that the run resumes from; rows of later steps will be written again, so they go."""
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / METRICS
+        if start == 0 and self._file.is_file() and self._file.stat().st_size:
+            self._file.replace(self._file.with_name(f"aside_{METRICS}"))  # as checkpoints are, of a run begun anew
         self._every = max(every, 1)
-        self._warned = False
-        kept = [r for r in read_metrics(self._file) if r["step"] <= start] if self._file.exists() and start else []
+        self._separator = ""
+        self._told: set[str] = set()
+        kept = [r for r in read_metrics(self._file) if r["step"] <= start] if self._file.exists() else []
         draft = self._file.with_suffix(".new")
         draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
         draft.replace(self._file)
@@ -65,16 +67,15 @@ class MetricsWriter:
 
     def write(self, row: dict[str, Any], *, total_steps: int) -> None:
         """Appends `row` and prints its line. Values that are not finite are stored as null."""
-        try:
+        with self._going_on(str(self._file)):
+            text, self._separator = f"{self._separator}{json.dumps(_finite(row))}\n", "\n"
             with self._file.open("a") as file:
-                file.write(json.dumps(_finite(row)) + "\n")
-        except OSError as error:
-            if not self._warned:
-                print(f"{self._file} cannot be written: {error.strerror}; the run goes on", file=sys.stderr)
-            self._warned = True
+                file.write(text)
+            self._separator = ""  # else a part of the row may stand there, and the next one begins a line
         if self._board is not None:
-            for name, value in _scalars(row).items():
-                self._board.add_scalar(name, value, row["step"])
+            with self._going_on("TensorBoard's events"):
+                for name, value in _scalars(row).items():
+                    self._board.add_scalar(name, value, row["step"])
         self._times.append(time.monotonic())
         last = row["step"] == total_steps
         if row["step"] % self._every == 0 or last or "valid_loss" in row or row.get("bad"):
@@ -100,7 +101,18 @@ class MetricsWriter:
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            with self._going_on("TensorBoard's events"):
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """What cannot be written is told of once."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._told:
+                print(f"{what} cannot be written: {error.strerror or error}; the run goes on", file=sys.stderr)
+            self._told.add(what)
 
 
 def _scalars(row: dict[str, Any]) -> dict[str, float]:

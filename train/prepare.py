@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from ..models.tokenizer import Tokenizer, train_bpe
@@ -71,8 +72,8 @@ def prepare(
 ) -> Prepared:
     """Writes OUTPUT.bin, OUTPUT.idx and OUTPUT.tokenizer.json; the same for any number of workers.
 
-    Every document ends with the tokenizer's end-of-document token. Memory stays bounded by the workers, the longest
-    document and about 100 bytes a document. Nothing is left behind, and nothing old is lost, if it fails.
+    Every document ends with the tokenizer's end-of-document token; a special token that a text spells out is text.
+    Memory is bounded by the workers, the longest document and 100 bytes a document. A failure leaves nothing behind.
 
     Args:
         inputs: Files, folders, globs, or "-" for standard input; text, JSONL and parquet by name, gzip by content.
@@ -203,12 +204,12 @@ def _train_vocabulary(given: _Input, vocab_size: int, quiet: bool) -> Tokenizer:
 def _write(given: _Input, tokenizer: Path, output: Path, drafts: list[Path], workers: int, quiet: bool) -> Prepared:
     """Writes the three drafts."""
     indexed_dataset = quiet_megatron("indexed_dataset")
-    loaded = Tokenizer(tokenizer)
-    loaded.save(drafts[0])
+    Tokenizer(tokenizer).save(drafts[0])
+    loaded = _load(str(drafts[0]))
     kind = indexed_dataset.DType.optimal_dtype(loaded.vocab_size)
     builder = indexed_dataset.IndexedDatasetBuilder(str(drafts[1]), dtype=kind)
     size = tokens = 0
-    encode = functools.partial(encode_chunk, field=given.field, split=given.split, tokenizer=str(tokenizer))
+    encode = functools.partial(encode_chunk, field=given.field, split=given.split, tokenizer=str(drafts[0]))
     if given.size and given.size < 4 * CHUNK:
         workers = 1  # starting processes would take longer
     with _progress("tokenizing", given.size, quiet) as advance, builder.data_file:
@@ -267,7 +268,11 @@ def _start_worker() -> None:
 
 @functools.lru_cache(maxsize=1)
 def _load(tokenizer: str) -> Tokenizer:
-    return Tokenizer(tokenizer)
+    """The tokenizer that goes beside the output, which is the one that training will read, told to take a special
+    token that a text spells out for text: else a document about `<|endoftext|>` would end in its middle."""
+    inner = tokenizers.Tokenizer.from_file(tokenizer)
+    inner.encode_special_tokens = True
+    return Tokenizer(inner)
 
 
 def encode_chunk(chunk: Chunk, *, field: str, split: Split, tokenizer: str) -> Encoded:

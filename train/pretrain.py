@@ -20,24 +20,37 @@ USAGE = """usage: python -m coterie.train.pretrain RECIPE [--leaf value ...]
 
 Pretrains a model, alone or under torchrun. A run directory that holds checkpoints goes on from the newest.
 `RECIPE --help` lists every leaf of a recipe. Recipes:"""
+PATIENCE = 10.0
+"""Seconds that a rank waits before it tells its error: another rank may be the one to tell."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry: 0 when the run is done or was stopped by a signal, 2 when the user is told why it cannot be."""
-    rank = int(os.environ.get("RANK", 0))
+    first = _first_rank()
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         if config is not None:
             pretrain(config)
     except (ValueError, ArithmeticError, OSError, ModuleNotFoundError) as error:
-        if rank:
+        if os.environ.get("COTERIE_TRACEBACK"):
+            raise
+        if not first:
             # Mostly all fail alike: rank 0 speaks, and torchrun ends this one before it says the same.
-            time.sleep(3)
+            time.sleep(PATIENCE)
         print(f"coterie: {_sentence(error)}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            # Most likely a collective with a rank that failed and has told why: torchrun ends this one meanwhile.
+            time.sleep(2 * PATIENCE)
+        raise
     except KeyboardInterrupt:  # before the loop, which handles signals itself
         return 130
     return 0
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig | None:
@@ -46,7 +59,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
     Raises:
         ValueError: an unknown recipe or leaf (with the nearest ones), or a value that does not fit.
     """
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = _first_rank()
     if not arguments or arguments[0] in ("-h", "--help"):
         if first:
             print(USAGE)
@@ -122,12 +135,24 @@ def pretrain(config: TrainConfig) -> None:
         ValueError, FileNotFoundError: what was given cannot run; one sentence, before any compute is spent.
         ArithmeticError: the loss stayed not finite.
     """
-    check(config, int(os.environ.get("WORLD_SIZE", 1)))
-    refuse_other_model(Path(config.run_dir) / "checkpoints", config.checkpoint.resume, to_dict(config)["model"])
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal() or int(world) < 1:
+        raise ValueError(f"WORLD_SIZE={world!r} is not a number of ranks: start the run with torchrun")
+    refuse(config, int(world))
     # torch and the rest take seconds to import: a wrong flag is told before.
     from . import session
 
     session.run(config)
+
+
+def refuse(config: TrainConfig, world: int) -> None:
+    """What can be told to be wrong without ranks, data and torch.
+
+    Raises:
+        ValueError: a config that does not fit, by itself or on so many ranks, or a checkpoint of another model.
+    """
+    check(config, world)
+    refuse_other_model(Path(config.run_dir) / "checkpoints", config.checkpoint.resume, to_dict(config)["model"])
 
 
 if __name__ == "__main__":

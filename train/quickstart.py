@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from .baselines import baselines
 from .config import TrainConfig, from_dict
 from .corpus import stdlib_corpus, write_corpus
 from .data import build_datasets
+from .launch import launch
 from .metrics import read_metrics
 from .prepare import outputs, prepare
 from .report import report
@@ -67,11 +66,8 @@ def _pretrain(recipe: str, run: Path, train: Path, valid: Path, seed: int) -> No
     if done.exists():
         print(f"{run} is there already")
         return
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     leaves = ["--run-dir", run, "--seed", seed, "--data.train", train, "--data.valid", valid]
-    command = [sys.executable, *launch, "-m", "coterie.train.pretrain", recipe, *map(str, leaves)]
-    # One thread a rank unless the user says otherwise: torchrun warns when nobody has chosen.
-    code = subprocess.call(command, env={"OMP_NUM_THREADS": "1", **os.environ})
+    code = launch(RANKS, [recipe, *map(str, leaves)])
     if code or not done.exists():
         raise ChildProcessError(f"{recipe} ended early (status {code}): the same command goes on from its checkpoint")
 

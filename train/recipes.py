@@ -46,21 +46,22 @@ def _quickstart(name: str, experts: tuple[int, ...]) -> TrainConfig:
         heads=3,
         hidden=512,
         experts=experts,
+        init_std=0.06,
         moe=MoEConfig(top_k=1, hidden=256, residual=True),
     )
-    batch, length, steps = 16, 256, 400
+    batch, length, steps = 8, 256, 700
     return TrainConfig(
         run_dir=f"quickstart/{name}",
         seq_len=length,
         batch_size=batch,
         steps=steps,
-        eval_every=100,
-        eval_batches=12,
+        eval_every=175,
+        eval_batches=24,
         model=model,
         data=DataConfig(train=("quickstart/data/train",), valid=("quickstart/data/valid",)),
-        optim=OptimConfig(lr=2e-3, min_lr=1e-4, warmup_tokens=30 * batch * length),
+        optim=OptimConfig(lr=2e-3, min_lr=1e-4, warmup_tokens=60 * batch * length),
         parallel=ParallelConfig(ep=2),
-        checkpoint=CheckpointConfig(every=100, keep=1),
+        checkpoint=CheckpointConfig(every=175, keep=1),
     )
 
 

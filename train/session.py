@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from .config import TrainConfig, to_dict
 from .data import Batch, batches, build_datasets
 from .environment import describe_environment
 from .loop import Summary, Trainer
+from .manifest import CheckpointError
 from .objective import LanguageModelling
 
 
@@ -64,9 +67,16 @@ def _run(config: TrainConfig, ranks: Ranks) -> Summary:
     trainer.resume()
     if ranks.first:
         _describe(config, ranks)
-    summary = trainer.run()
+    export = partial(save_model, Path(config.run_dir) / "model", model, data.tokenizer)
+    try:
+        summary = trainer.run()
+    except CheckpointError:
+        if trainer.finished:  # the weights are a third of what did not fit, and are what the run was for
+            with contextlib.suppress(OSError):
+                export()
+        raise
     if summary.finished:
-        save_model(Path(config.run_dir) / "model", model, data.tokenizer)
+        export()
     return summary
 
 
@@ -85,8 +95,10 @@ def _describe(config: TrainConfig, ranks: Ranks) -> None:
     """config.json, environment.json, and one line on the terminal."""
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    (folder / "environment.json").write_text(json.dumps(describe_environment(ranks.world), indent=1) + "\n")
+    for name, facts in (("config", to_dict(config)), ("environment", describe_environment(ranks.world))):
+        draft = folder / f".{name}.json.new"
+        draft.write_text(json.dumps(facts, indent=1) + "\n")
+        draft.replace(folder / f"{name}.json")
     count = count_params(config.model)
     ranks.log.info(
         f"{config.run_dir}: {count.total / 1e6:,.1f}M parameters, {count.activated / 1e6:,.1f}M activated; "
@@ -123,8 +135,16 @@ class Data:
         return islice(self._flow(self.valid_set, 0), self.config.eval_batches * self.per_step)
 
     def _flow(self, dataset: object, start: int) -> Iterator[Batch]:
-        ranks = self.ranks
-        for batch in batches(dataset, start, self.config.batch_size, self.micro, ranks.rank, ranks.world):
+        config, ranks = self.config, self.ranks
+        for batch in batches(
+            dataset,
+            start,
+            config.batch_size,
+            self.micro,
+            ranks.rank,
+            ranks.world,
+            vocab_size=config.model.vocab_size,  # of large files, parts alone were looked at
+        ):
             moved = [None if part is None else part.to(ranks.device, non_blocking=True) for part in batch]
             yield Batch(*moved)  # type: ignore[arg-type]
 

@@ -102,10 +102,10 @@ def read_tokens(prefix: str | Path) -> NDArray[np.int64]:
     return np.fromfile(f"{prefix}.bin", dtype=files.type).astype(np.int64)
 
 
-def largest_token(files: TokenFiles) -> int:
-    """The largest id of all tokens; of evenly spread blocks where there is more than half a GiB of them."""
+def largest_token(files: TokenFiles, limit: int = SCAN_BYTES) -> int:
+    """The largest id of all tokens; of evenly spread blocks where there are more than `limit` bytes of them."""
     data = np.memmap(f"{files.prefix}.bin", files.type, "r")
     block = 1 << 20
     starts = range(0, len(data), block)
-    stride = max(1, -(-data.nbytes // SCAN_BYTES))
+    stride = max(1, -(-data.nbytes // limit))
     return max(int(data[start : start + block].max()) for start in starts[::stride])

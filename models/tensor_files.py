@@ -1,0 +1,167 @@
+"""A model directory's tensors: one `model.safetensors`, or several files and an index, as Hugging Face has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FILE_BYTES = 5 * 10**9
+"""A model of more bytes is cut into files of at most so many; a larger tensor has a file of its own."""
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds a model's tensors, in either form."""
+    return (folder / INDEX).exists() or (folder / WEIGHTS).exists()
+
+
+def split_names(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """File names, and which tensors each takes, in the order given. `sizes`: bytes of every tensor."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+class StoredTensors:
+    """All tensors of a directory, read from its memory-mapped files when they are asked for.
+
+    Raises:
+        FileNotFoundError: there are none, or a file of the index is missing.
+        ValueError: a file is damaged, an index is none or leads out of the directory, a tensor is stored twice.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.source = folder / (INDEX if (folder / INDEX).exists() else WEIGHTS)
+        self._files: dict[str, Any] = {}
+        for file in _indexed(self.source) if self.source.name == INDEX else [self.source]:
+            opened = _open(file)
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                if name in self._files:
+                    raise ValueError(f"{file} holds {name}, but another file of {self.source} does too")
+                self._files[name] = opened
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """The stored type in safetensors' words: F32, BF16, I64, ..."""
+        return self._files[name].get_slice(name).get_dtype()
+
+    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        """A box of one tensor, on the CPU; no more of the file is read."""
+        return self._files[name].get_slice(name)[box] if box else self._files[name].get_tensor(name)
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged or no index of safetensors files: {error!r}") from None
+    for name in names:
+        # An index comes with a downloaded model: it must not make us open what lies elsewhere.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name!r}, expected a .safetensors file beside it")
+    return [index.parent / name for name in names]
+
+
+def _open(file: Path) -> Any:
+    if not file.exists():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}")
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
+
+
+class Drafts:
+    """New files of a directory, written out of sight, then put in place: a reader never sees half a file.
+
+    The first trouble is kept until `publish`, because other ranks are waiting in collectives meanwhile.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._trouble: Exception | None = None
+        self._hidden: Path | None = None
+        self._map: dict[str, str] = {}
+        self._bytes = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder / ".partial", ignore_errors=True)  # of a save that was killed
+            (folder / ".partial").mkdir()
+            self._hidden = folder / ".partial"
+        except OSError as error:
+            self._trouble = error
+
+    def text(self, name: str, content: str) -> None:
+        """Adds a text file."""
+        self._attempt(name, lambda file: file.write_text(content, encoding="utf-8"))
+
+    def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Adds a safetensors file."""
+
+        def write(file: Path) -> None:
+            file.touch()
+            mode = file.stat().st_mode
+            save_file(tensors, str(file), metadata={"format": "pt"})
+            file.chmod(mode)  # the library lets its owner alone read it
+
+        self._attempt(name, write)
+        self._map |= dict.fromkeys(tensors, name)
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def publish(self) -> None:
+        """Puts the files in place, or raises the first trouble and leaves the directory as it was."""
+        try:
+            files = sorted(set(self._map.values()))
+            if files != [WEIGHTS]:
+                index = {"metadata": {"total_size": self._bytes}, "weight_map": self._map}
+                self.text(INDEX, json.dumps(index, indent=2) + "\n")
+            if self._trouble is not None:
+                raise self._trouble
+            self._replace(files)
+        finally:
+            if self._hidden is not None:
+                shutil.rmtree(self._hidden, ignore_errors=True)
+
+    def _replace(self, files: list[str]) -> None:
+        hidden, folder = self._hidden, self._folder
+        assert hidden is not None  # else there was trouble
+        # Without its index a set of files is no model: nobody reads a mixture of old ones and new.
+        (folder / INDEX).unlink(missing_ok=True)
+        others = [file.name for file in hidden.iterdir() if file.name not in (*files, INDEX)]
+        for name in [*others, *files, *([INDEX] if files != [WEIGHTS] else [])]:
+            os.replace(hidden / name, folder / name)
+        for old in (folder / WEIGHTS, *folder.glob("model-?????-of-?????.safetensors")):
+            if old.name not in files:
+                old.unlink(missing_ok=True)
+
+    def _attempt(self, name: str, write: Any) -> None:
+        if self._trouble is not None or self._hidden is None:
+            return
+        try:
+            write(self._hidden / name)
+        except SafetensorError as error:
+            self._trouble = OSError(f"{self._folder / name} could not be written: {error}")
+        except Exception as error:
+            self._trouble = error
