@@ -1,19 +1,28 @@
-"""What the planner knows of machines: arithmetic, memory and links of one GPU among its like, each with its source.
-
-Bandwidths are bytes per second that one GPU sends, while it receives as many; latencies are seconds.
-"""
+"""What the planner knows of machines: arithmetic, memory and links of a GPU among its like, each with its source."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 GIB = 2**30
 
 
+class Rate(NamedTuple):
+    """One kind of link, all ranks using it at once."""
+
+    latency: float
+    """Seconds of any collective before its first byte."""
+    bandwidth: float
+    """Bytes per second that one rank sends, while it receives as many."""
+    message: float = 0.0
+    """Seconds of each message on top of that, which do not overlap."""
+
+
 @dataclass(frozen=True)
 class Machine:
-    """One GPU (or CPU rank) and its links."""
+    """One rank's GPU, or a CPU's core, and its links."""
 
     name: str
     bf16: float
@@ -26,21 +35,36 @@ class Machine:
     """Bytes that a process finds."""
     memory_rate: float
     """Bytes per second to and from that memory."""
-    intra: float
-    """Bandwidth to GPUs of the same node."""
-    inter: float
-    """Bandwidth to other nodes."""
-    intra_latency: float = 0.47e-6
-    inter_latency: float = 2.7e-6
-    launch: float = 8.4e-6
-    """Cost of any collective before its first byte. These three are NCCL's own (NVIDIA/nccl, src/graph/tuning.cc:
-    hwLat of a ring with LL over NVLink and over the network, baseLat of a ring with Simple)."""
+    intra: Rate
+    """Links to ranks of the same node."""
+    inter: Rate
+    """Links to other nodes."""
+    cores: int = 0
+    """Cores of a node that its ranks share, the figures above being those of one core; 0: each rank has its own GPU."""
     usable: float = 0.9
     """Share of the memory that a plan may fill: the rest is for CUDA's context, NCCL's buffers and fragments."""
 
     def rate(self, work: int) -> float:
         """FLOP/s of a training step's products with numbers of `work` bytes."""
         return self.fraction * (self.bf16 if work == 2 else self.fp32)
+
+    def shared(self, ranks: int) -> Machine:
+        """What one of `ranks` ranks of a node has: all of a GPU, but a share of the cores. Gloo computes too, so with
+        more ranks than cores its links are slower by as much."""
+        if not self.cores:
+            return self
+        share = self.cores / ranks
+        slow = min(share, 1.0)
+        return replace(
+            self,
+            bf16=self.bf16 * share,
+            fp32=self.fp32 * share,
+            memory=self.memory * share,
+            memory_rate=self.memory_rate * share,
+            intra=Rate(self.intra.latency / slow, self.intra.bandwidth * slow, self.intra.message / slow),
+            inter=Rate(self.inter.latency / slow, self.inter.bandwidth * slow, self.inter.message / slow),
+            cores=0,
+        )
 
 
 # Peaks, memory rates and NVLink: NVIDIA's data sheets of A100 SXM (312 TFLOP/s, 1.555 and 2.039 TB/s, 600 GB/s both
@@ -53,8 +77,18 @@ class Machine:
 # Links: NCCL reaches 235 GB/s inside an A100 node (the limit in NCCL's tuning.cc; 232.5 measured in nccl-tests #175)
 # and 24 GB/s of a 200 Gbit/s NIC (same thread); 48 GB/s of a 400 Gbit/s NIC (NVIDIA in nccl-tests #267 and #290), one
 # NIC a GPU. Inside an H100 node 360 GB/s, the same 0.8 of the data sheet; B200 likewise 720 GB/s, not measured.
-_HOPPER = {"bf16": 989.4e12, "fp32": 67e12, "fraction": 0.45, "intra": 360e9, "inter": 48e9}
-_AMPERE = {"bf16": 312e12, "fp32": 19.5e12, "fraction": 0.5, "intra": 235e9, "inter": 24e9}
+# Latencies are NCCL's own (src/graph/tuning.cc): baseLat of a ring with Simple, and for each message hwLat of a
+# ring with LL, over NVLink and over the network.
+_BASE, _NVLINK, _NETWORK = 8.4e-6, 0.47e-6, 2.7e-6
+_FAST, _SLOW = Rate(_BASE, 48e9, _NETWORK), Rate(_BASE, 24e9, _NETWORK)
+_HOPPER = {"bf16": 989.4e12, "fp32": 67e12, "fraction": 0.45, "intra": Rate(_BASE, 360e9, _NVLINK), "inter": _FAST}
+_AMPERE = {"bf16": 312e12, "fp32": 19.5e12, "fraction": 0.5, "intra": Rate(_BASE, 235e9, _NVLINK), "inter": _SLOW}
+
+# One of two gloo ranks of one thread each on a 2-core AMD EPYC (Zen 4) virtual machine that was busy otherwise: a
+# 1024-cube product in each type, a copy of 128 MiB, all_to_all_single of 32 MiB and of 8 bytes. There is no network:
+# the second link is a copy of the first. `coterie bench plan` measures them anew and holds them against runs.
+_GLOO = Rate(45e-6, 0.94e9, 45e-6)
+_CORE = {"bf16": 0.42e12, "fp32": 0.143e12, "fraction": 0.6, "intra": _GLOO, "inter": _GLOO, "cores": 2}
 
 MACHINES: dict[str, Machine] = {
     "a100-40": Machine("a100-40", memory=39.4 * GIB, memory_rate=1.555e12, **_AMPERE),
@@ -62,31 +96,9 @@ MACHINES: dict[str, Machine] = {
     "h100": Machine("h100", memory=79.1 * GIB, memory_rate=3.35e12, **_HOPPER),
     "h200": Machine("h200", memory=139.8 * GIB, memory_rate=4.8e12, **_HOPPER),
     "b200": Machine(
-        "b200",
-        bf16=2.25e15,
-        fp32=75e12,
-        fraction=0.33,
-        memory=178.3 * GIB,
-        memory_rate=7.7e12,
-        intra=720e9,
-        inter=48e9,
+        "b200", 2.25e15, 75e12, 0.33, 178.3 * GIB, 7.7e12, intra=Rate(_BASE, 720e9, _NVLINK), inter=_FAST
     ),
-    # One of two gloo ranks of one thread each on a 2-core AMD EPYC (Zen 4) virtual machine that was busy otherwise:
-    # a 1024-cube product in each type, a copy of 128 MiB, all_to_all_single of 32 MiB and of 8 bytes. There is no
-    # network: the second link is a copy of the first. The fraction is not calibrated against a training run.
-    "cpu": Machine(
-        "cpu",
-        bf16=0.42e12,
-        fp32=0.143e12,
-        fraction=0.6,
-        memory=11.5 * GIB,
-        memory_rate=18e9,
-        intra=0.94e9,
-        inter=0.94e9,
-        intra_latency=45e-6,
-        inter_latency=45e-6,
-        launch=45e-6,
-    ),
+    "cpu": Machine("cpu", memory=11.5 * GIB, memory_rate=18e9, **_CORE),
 }
 
 

@@ -15,7 +15,7 @@ from ..models.config import ModelConfig
 from ..models.params import count_params, flops_per_token
 from ..parallel.layout import Layout, Sizes, divisors, near
 from .config import TrainConfig
-from .machines import Machine, machine
+from .machines import Machine
 from .plan_memory import Memory, Run, memory
 from .plan_traffic import Traffic, traffic
 
@@ -143,22 +143,22 @@ def row_of(config: TrainConfig, layout: Layout, on: Machine, node: int) -> Row:
         ValueError: batch or sequence does not divide over it.
     """
     run = run_of(config, layout, on)
+    on = on.shared(min(node, layout.world))
     needed = memory(config.model, layout, run)
     sent = traffic(config.model, layout, run, on, node)
     step = step_time(config, layout, run, sent, needed.parameters // 4, on)
     return Row(layout, run, needed, sent, step)
 
 
-def plan(config: TrainConfig, gpus: int, gpu: str, node: int, given: dict[str, int] | None = None) -> Plan:
+def plan(config: TrainConfig, gpus: int, on: Machine, node: int, given: dict[str, int] | None = None) -> Plan:
     """Judges every layout of `gpus` ranks on `node` of them a host.
 
     Args:
         given: degrees that are fixed, by the names of DEGREES.
 
     Raises:
-        ValueError: an unknown GPU; ranks that do not fill nodes; degrees that leave no layout.
+        ValueError: ranks that do not fill nodes; degrees that leave no layout.
     """
-    on = machine(gpu)
     if gpus < 1 or node < 1:
         raise ValueError(f"--gpus {gpus} and --node {node} must be 1 or more")
     if gpus % node and gpus > node:
@@ -166,7 +166,7 @@ def plan(config: TrainConfig, gpus: int, gpu: str, node: int, given: dict[str, i
         raise ValueError(f"--gpus {gpus} is not a multiple of --node {node}: use {below} or {below + node}")
     sizes = sizes_of(config.model)
     found, undivided, too_large, smallest = [], Counter[str](), Counter[str](), None
-    limit = on.usable * on.memory
+    limit = on.usable * on.shared(min(node, gpus)).memory
     for layout in candidates(gpus, sizes.experts, given or {}):
         try:
             problem = next(layout.problems(sizes), None)
@@ -188,5 +188,4 @@ def plan(config: TrainConfig, gpus: int, gpu: str, node: int, given: dict[str, i
 
 def _largest(needed: Memory) -> str:
     parts = needed._asdict()
-    names = ("parameters", "optimizer", "gradients", "gathered", "activations", "exchange", "logits")
-    return max(names, key=lambda name: parts[name])
+    return max(parts, key=lambda name: parts[name])

@@ -1,48 +1,17 @@
-"""Bytes of one rank under a layout, by formula: weights and their FSDP groups, optimizer, activations, buffers.
+"""Bytes of one rank under a layout, by formula: weights, optimizer, gradients, activations, buffers.
 
-Everything is computed from a `ModelConfig` and a `Layout`; nothing is built. The rank meant is rank 0, which holds
-the largest share wherever a division does not come out even.
-
-D model, H and G query and key-value heads, d head width, N = 2 * hidden (swiglu) or hidden, E experts, K choices.
+D model, H and G query and key-value heads, d head width, F hidden, N = 2F (swiglu) or F, E experts, K choices.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 from ..models.config import ModelConfig
-from ..moe.experts import in_width
 from ..parallel.layout import Layout
-
-
-class Weight(NamedTuple):
-    """One parameter and what cuts it besides FSDP."""
-
-    module: str
-    """Where it lives: "attention", "mlp", "embed", "head" (tensor parallel), "experts", "gate", or "rest"."""
-    shape: tuple[int, ...]
-    cut: int | None = None
-    """Dimension that tp cuts, or etp for experts, whose dimension 0 is cut by ep."""
-
-
-class Group(NamedTuple):
-    """What one FSDP unit holds on a rank, in elements."""
-
-    name: str
-    whole: int
-    """Gathered: after tp, ep and etp."""
-    shard: int
-    ranks: int
-    """Ranks that share it out, `stride` apart."""
-    stride: int
-    copies: int
-    """HSDP: groups of ranks that hold the same shards, `copy_stride` apart."""
-    copy_stride: int
-    wide: bool = False
-    """Computed on in fp32, whatever the others' type (the router)."""
+from .plan_shards import Group, groups
 
 
 class Run(NamedTuple):
@@ -67,114 +36,22 @@ class Run(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of a rank."""
+    """Bytes of a rank at the fullest moment of its step; they add up to `peak`."""
 
     parameters: int
     """fp32 masters, this rank's shards."""
     optimizer: int
     """AdamW's two moments."""
     gradients: int
-    """fp32; whole, not sharded, while they are summed over several micro-batches without reduction."""
-    gathered: int
-    """Working copies: of embedding, head and the largest layer, and of the largest group that is fetched ahead."""
-    reduce: int
-    """A group's gradients on their way into the reduce-scatter."""
+    """fp32 shards that are made already; whole while they are summed over micro-batches without reduction."""
     activations: int
-    """What the backward pass needs of one micro-batch, as the run is set."""
-    kept: int
-    """The same without recomputation."""
-    recomputed: int
-    """The same with it: every block's input, and one block's all."""
-    exchange: int
-    """Rows on their way to experts and back."""
-    logits: int
-    """One chunk of them, and the sum of the head's gradient."""
-    peak: int
-    """The larger of the end of the forward pass and the end of the backward pass."""
+    """What the backward pass still needs."""
+    buffers: int
+    """Gathered weights, gradients on their way into a reduction, logits, rows that travel, scratch of the kernels."""
 
-
-def weights(config: ModelConfig, layer: int | None) -> list[Weight]:
-    """The parameters of one layer, or (None) those outside all layers."""
-    dim = config.dim
-    norm = [Weight("rest", (dim,))] * (2 if config.norm == "layernorm" else 1)
-    if layer is None:
-        found = [Weight("embed", (config.vocab_size, dim), 0), *norm]
-        found += [Weight("rest", (config.max_positions, dim))] if config.positions == "learned" else []
-        return found + ([] if config.tied_head else [Weight("head", (config.vocab_size, dim), 0)])
-    found = norm * 2 + _attention(config)
-    experts, moe = config.experts_of(layer), config.moe
-    if not experts:
-        return found + _feed_forward("mlp", dim, config.hidden, config.activation, config.bias)
-    hidden, kind = config.expert_hidden, (moe.activation, moe.bias)
-    found += [Weight("gate", (experts, dim))]
-    for weight in _feed_forward("experts", dim, hidden, *kind):
-        found.append(Weight("experts", (experts, *weight.shape), None if weight.cut is None else weight.cut + 1))
-    if moe.residual:
-        found += [*_feed_forward("rest", dim, hidden, *kind), Weight("rest", (2, dim)), Weight("rest", (2,))]
-    if moe.shared_hidden:
-        found += _feed_forward("rest", dim, moe.shared_hidden, *kind)
-        found += [Weight("rest", (1, dim))] if moe.shared_gate else []
-    return found
-
-
-def _attention(config: ModelConfig) -> list[Weight]:
-    dim, heads, keys, width = config.dim, config.heads, config.num_kv_heads, config.width_per_head
-    found = [
-        Weight("attention", (heads, width, dim), 0),
-        Weight("attention", (2, keys, width, dim), 1),
-        Weight("attention", (dim, heads * width), 1),
-    ]
-    if config.bias:
-        found += [Weight("attention", (heads, width), 0), Weight("attention", (2, keys, width), 1)]
-        found += [Weight("attention", (dim,))]
-    return found + ([Weight("attention", (width,))] * 2 if config.qk_norm else [])
-
-
-def _feed_forward(module: str, dim: int, hidden: int, activation: str, bias: bool) -> list[Weight]:
-    gates = in_width(hidden, activation) // hidden
-    found = [Weight(module, (gates, hidden, dim), 1), Weight(module, (dim, hidden), 1)]
-    return found + ([Weight(module, (gates, hidden), 1), Weight(module, (dim,))] if bias else [])
-
-
-def local_sizes(shape: Sequence[int], cuts: dict[int, int], ranks: int) -> tuple[int, int]:
-    """(elements after the cuts, elements of rank 0's FSDP shard of that).
-
-    FSDP takes the largest dimension that its ranks divide and nothing has cut, else dimension 0, rounded up.
-    """
-    local = [-(-size // cuts.get(dim, 1)) for dim, size in enumerate(shape)]
-    whole = math.prod(local)
-    fits = [d for d, size in enumerate(local) if size % ranks == 0 and cuts.get(d, 1) == 1]
-    dim = max(fits, key=lambda d: local[d], default=0)
-    local[dim] = -(-local[dim] // ranks)
-    return whole, math.prod(local)
-
-
-@lru_cache(maxsize=65536)
-def groups(config: ModelConfig, layout: Layout, layer: int | None, work: int) -> tuple[Group, ...]:
-    """The FSDP units of one layer, or (None) of what lies outside all layers."""
-    flat = layout.dp_shard * layout.tp
-    units: dict[tuple, list[tuple[int, int]]] = {}
-    for weight in weights(config, layer):
-        ranks, stride, copies, copy_stride, name = flat, 1, layout.dp_replicate, flat, "rest"
-        cuts: dict[int, int] = {}
-        experts = weight.module == "experts" and layer is not None
-        spread = layout.experts(config.experts_of(layer)) if experts and layer is not None else None
-        if spread is not None and spread.ep * spread.etp > 1:
-            stride, name = spread.ep * spread.etp, "experts"
-            nested = flat % stride == 0
-            ranks, copies = (flat // stride, copies) if nested else (spread.edp, 1)
-            cuts = {0: spread.ep} | ({} if weight.cut is None else {weight.cut: spread.etp})
-        elif weight.module in ("attention", "mlp", "embed", "head") and layout.tp > 1:
-            ranks, stride, name = layout.dp_shard, layout.tp, "mlp" if weight.module == "mlp" else "attention"
-            name = "root" if layer is None else name
-            cuts = {} if weight.cut is None else {weight.cut: layout.tp}
-        wide = weight.module == "gate" and work < 4
-        key = ("gate" if wide else name, ranks, stride, copies, copy_stride, wide)
-        units.setdefault(key, []).append(local_sizes(weight.shape, cuts, ranks))
-    return tuple(
-        Group(name, sum(w for w, _ in sizes), sum(s for _, s in sizes), *mesh)
-        for (name, *mesh), sizes in units.items()
-    )
+    @property
+    def peak(self) -> int:
+        return sum(self)
 
 
 def layers(config: ModelConfig) -> Iterator[tuple[int, int]]:
@@ -212,10 +89,15 @@ def saved_by_layer(config: ModelConfig, layout: Layout, layer: int, run: Run) ->
     return math.ceil(run.tokens * per_token)
 
 
+def _width(hidden: int, activation: str) -> int:
+    """N."""
+    return 2 * hidden if activation == "swiglu" else hidden
+
+
 def _mlp(hidden: int, activation: str, run: Run) -> float:
     """Bytes a token of a dense feed-forward beyond its input: z, and what the activation's formula keeps."""
     if run.cpu and run.work == 4:  # the experts' operation, on rows padded by a sixteenth
-        return in_width(hidden, activation) * 4 * 17 / 16 + 8
+        return _width(hidden, activation) * 4 * 17 / 16 + 8
     return hidden * run.work * (4 if activation == "swiglu" else 2)
 
 
@@ -230,7 +112,7 @@ def _moe(config: ModelConfig, layout: Layout, layer: int, run: Run) -> float:
     E, K = config.experts_of(layer), moe.top_k
     per_token = (4 * D if work < 4 else 0) + 4 * E * (2 if moe.gate.z_weight else 1) + 20 * K
     spread = layout.experts(E)
-    width = in_width(config.expert_hidden, moe.activation)
+    width = _width(config.expert_hidden, moe.activation)
     per_token += K * (width * work * (17 / 16 if run.cpu else 1) + 16)
     if spread.ep * spread.etp > 1:
         per_token += (spread.etp + 1) * K * D * work  # every slice of an expert sees all its rows
@@ -241,62 +123,106 @@ def _moe(config: ModelConfig, layout: Layout, layer: int, run: Run) -> float:
     return per_token
 
 
-def activations(config: ModelConfig, layout: Layout, run: Run) -> tuple[int, int, int]:
-    """(kept without recomputation, kept with it, of the largest block): bytes of one micro-batch."""
-    outside, largest = saved_outside(config, layout, run), 0
-    kept = recomputed = outside
-    for layer, number in layers(config):
-        block = saved_by_layer(config, layout, layer, run)
-        tokens = run.tokens // layout.tp
-        choices = 8 * config.moe.top_k * tokens if config.experts_of(layer) else 0
-        kept += number * block
-        recomputed += number * (tokens * config.dim * run.work + choices)
-        largest = max(largest, block)
-    return kept, recomputed + largest, largest
+def activations(config: ModelConfig, layout: Layout, run: Run, layer: int) -> tuple[int, int]:
+    """(bytes that a block leaves behind in the forward pass, bytes of it at its own backward pass)."""
+    block = saved_by_layer(config, layout, layer, run)
+    if not run.recompute:
+        return block, block
+    tokens = run.tokens // layout.tp
+    choices = 8 * config.moe.top_k * tokens if config.experts_of(layer) else 0
+    left = tokens * config.dim * run.work + choices
+    return left, left + block
+
+
+def _scratch(config: ModelConfig, layout: Layout, layer: int, run: Run) -> int:
+    """What a block's backward pass needs for itself: most of it for the widest of its feed-forward parts.
+
+    Gradients of z, of the activation and of the rows; on a CPU one expert's at a time, with more copies.
+    """
+    D, E, K, moe = config.dim, config.experts_of(layer), config.moe.top_k, config.moe
+    tokens = run.tokens // layout.tp
+    parts = [_dense_scratch(config.hidden, config.activation, run, D) / layout.tp * run.tokens]
+    if E:
+        F, N = config.expert_hidden // layout.etp, _width(config.expert_hidden, moe.activation) // layout.etp
+        rows, spread = tokens * K * layout.etp, layout.experts(E)
+        one = rows * (N + F + D) * run.work
+        if run.cpu:
+            most = min(max(rows * spread.ep / E, 256), rows)
+            one = (most * (3 * F + (2 if run.work == 4 else 1) * N + 2 * D) + rows * D) * run.work
+        parts = [one + tokens * D * run.work]
+        beside = (config.expert_hidden if moe.residual else 0, moe.shared_hidden)
+        parts += [_dense_scratch(hidden, moe.activation, run, D) * tokens for hidden in beside if hidden]
+        if spread.ep * spread.etp > 1:  # rows sent and rows received, which no one keeps
+            parts[0] += tokens * K * D * run.work * (1 + spread.etp)
+    return math.ceil(max(parts))
+
+
+def _dense_scratch(hidden: int, activation: str, run: Run, dim: int) -> int:
+    """Bytes a token."""
+    width = _width(hidden, activation)
+    if run.cpu and run.work == 4:
+        return 4 * (3 * hidden + 2 * width + 4 * dim)
+    return run.work * (width + hidden)
 
 
 def memory(config: ModelConfig, layout: Layout, run: Run) -> Memory:
-    """Bytes of rank 0 at its fullest moment, and their parts."""
-    counted = [(groups(config, layout, layer, run.work), number) for layer, number in layers(config)]
-    counted.append((groups(config, layout, None, run.work), 1))
-    shards = sum(g.shard * number for units, number in counted for g in units)
-    whole = sum(g.whole * number for units, number in counted for g in units)
-    summing = run.micros > 1 and not run.sync_every_micro
-    gradients = 4 * (whole if summing and layout.world > 1 else shards)
-    largest = max(g.whole for units, _ in counted for g in units)
-    copies = layout.world > 1 or run.work < 4
-    gathered = _gathered(counted, run) if copies else 0
-    reduce = (run.work + 4) * largest if copies else 0
-    kept, recomputed, block = activations(config, layout, run)
-    saved = recomputed if run.recompute else kept
-    exchange, logits = _exchange(config, layout, run), _logits(config, layout, run)
-    forward = (gradients if summing else 0) + saved + max(exchange, logits)
-    backward = gradients + reduce + block + exchange
-    peak = 12 * shards + gathered + max(forward, backward)
-    return Memory(
-        4 * shards, 8 * shards, gradients, gathered, reduce, saved, kept, recomputed, exchange, logits, peak
-    )
+    """Rank 0 at the fullest moment of its last micro-batch."""
+    kinds = {config.experts_of(layer): _block(config, layout, layer, run) for layer, _ in layers(config)}
+    blocks = [kinds[config.experts_of(layer)] for layer in range(config.layers)]
+    root = groups(config, layout, None, run.work)
+    shards = sum(g.shard for units in (*(block.units for block in blocks), root) for g in units)
+    fullest = max(_moments(config, layout, run, blocks, root), key=sum)
+    return Memory(4 * shards, 8 * shards, *fullest)
 
 
-def _gathered(counted: list[tuple[tuple[Group, ...], int]], run: Run) -> int:
-    """The root's copy stays; a layer's comes and goes, the next group's on its way already."""
+def _moments(
+    config: ModelConfig, layout: Layout, run: Run, blocks: Sequence[_Block], root: Sequence[Group]
+) -> Iterator[tuple[int, int, int]]:
+    """(gradients, activations, buffers) at the head, in and after every block's backward pass, and at the end.
 
-    def size(units: Sequence[Group]) -> int:
-        return sum(g.whole * (4 if g.wide else run.work) for g in units)
+    FSDP keeps one reduction's input until the next one begins, and gathers the next group ahead.
+    """
+    wrapped, fresh = layout.world > 1 or run.work < 4, run.micros == 1
+    everything = [g for units in (*(block.units for block in blocks), root) for g in units]
+    standing = gradients = ahead = reducing = 0
+    if wrapped:
+        standing = _copy(root if run.reshard else everything, run)
+        ahead = max(_copy([g], run) for block in blocks for g in block.units) if layout.world > 1 else 0
+    if not fresh:
+        whole = wrapped and not run.sync_every_micro
+        gradients = 4 * sum(g.whole if whole else g.shard for g in everything)
+    saved = sum(block.left for block in blocks)
+    yield gradients, saved + saved_outside(config, layout, run), standing + _logits(config, layout, run)
+    standing += -(-config.vocab_size // layout.tp) * config.dim * run.work  # the head's gradient waits to the end
+    for block in reversed(blocks):
+        made = 4 * sum(g.shard for g in block.units) * fresh
+        largest = max(g.whole for g in block.units) * wrapped
+        gradients += 0 if wrapped else made
+        buffers = standing + (_copy(block.units, run) + ahead if wrapped and run.reshard else 0)
+        yield gradients, saved - block.left + block.here, buffers + block.scratch + reducing + run.work * largest
+        gradients += made if wrapped else 0
+        saved, reducing = saved - block.left, 4 * largest
+        yield gradients, saved, buffers + reducing + run.work * largest
+    yield gradients, 0, standing + sum(g.whole for g in root) * (run.work + 4 * wrapped)
 
-    *blocks, (root, _) = counted
-    if not run.reshard:
-        return size(root) + sum(number * size(units) for units, number in blocks)
-    ahead = max(size([g]) for units, _ in blocks for g in units)
-    return size(root) + max(size(units) for units, _ in blocks) + ahead
+
+class _Block(NamedTuple):
+    """One layer's part in the walk, in bytes."""
+
+    units: tuple[Group, ...]
+    left: int
+    here: int
+    scratch: int
 
 
-def _exchange(config: ModelConfig, layout: Layout, run: Run) -> int:
-    """Rows sent and rows received of the largest MoE layer, which no one keeps."""
-    spread = [layout.experts(e) for e in set(config.experts) - {0}]
-    slices = max((s.etp for s in spread if s.ep * s.etp > 1), default=0)
-    rows = run.tokens // layout.tp * config.moe.top_k
-    return rows * config.dim * run.work * (1 + slices) if slices else 0
+def _block(config: ModelConfig, layout: Layout, layer: int, run: Run) -> _Block:
+    units = groups(config, layout, layer, run.work)
+    return _Block(units, *activations(config, layout, run, layer), _scratch(config, layout, layer, run))
+
+
+def _copy(units: Sequence[Group], run: Run) -> int:
+    """The gathered weights of these groups."""
+    return sum(g.whole * (4 if g.wide else run.work) for g in units)
 
 
 def _logits(config: ModelConfig, layout: Layout, run: Run) -> int:

@@ -13,6 +13,7 @@ from ..models.params import count_params, flops_per_token
 from .config import TrainConfig
 from .machines import GIB, Machine, machine
 from .plan import DEGREES, Plan, Row, plan
+from .plan_memory import memory
 from .pretrain import parse
 
 
@@ -36,9 +37,10 @@ def main(
     config = parse([recipe, *rest])
     if config is None:
         return
-    found = plan(config, gpus, gpu, node, given)
+    found = plan(config, gpus, on, node, given)
     if not found.rows:
         raise ValueError(_nowhere(recipe, found, gpus, on, given))
+    on = on.shared(min(node, gpus))
     records = [tidy(config, row, on) for row in found.rows]
     if json is not None:
         json.write_text(json_module.dumps(records, indent=1) + "\n")
@@ -48,10 +50,11 @@ def main(
     print(_reasons("do not divide", found.undivided))
     print(_reasons("need more memory, most of it", found.too_large))
     best = found.rows[0]
-    need = (best.memory.peak + best.memory.kept - best.memory.activations) / GIB
+    other = memory(config.model, best.layout, best.run._replace(recompute=not best.run.recompute))
+    names = ("with", "without") if best.run.recompute else ("without", "with")
     print(
-        f"activations of the first: {best.memory.recomputed / GIB:.2f} GiB with recomputation, "
-        f"{best.memory.kept / GIB:.2f} GiB without (then about {need:.1f} GiB in all)"
+        f"the first needs {best.memory.peak / GIB:.2f} GiB {names[0]} recomputation, "
+        f"{other.peak / GIB:.2f} GiB {names[1]}"
     )
     print(torchrun_line(recipe, best, node, rest))
 
@@ -131,6 +134,7 @@ def tidy(config: TrainConfig, row: Row, on: Machine) -> dict[str, Any]:
     record: dict[str, Any] = {"gpu": on.name, "world": row.layout.world, **asdict(row.layout)}
     record |= {"micro_batch": row.run.micro, "micro_batches": row.run.micros, "recompute": row.run.recompute}
     record |= {f"bytes_{name}": value for name, value in row.memory._asdict().items()}
+    record["bytes_peak"] = row.memory.peak
     for name, flow in row.traffic._asdict().items():
         record |= {f"{name}_{field}": value for field, value in asdict(flow).items()}
     record |= {f"seconds_{name}": value for name, value in row.step._asdict().items()}

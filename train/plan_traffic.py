@@ -16,7 +16,8 @@ from typing import NamedTuple
 from ..models.config import ModelConfig
 from ..parallel.layout import Layout
 from .machines import Machine
-from .plan_memory import Group, Run, groups, layers
+from .plan_memory import Run, layers
+from .plan_shards import Group, groups
 
 
 class Span(NamedTuple):
@@ -84,11 +85,13 @@ def ring(where: Span, shard: float, machine: Machine, *, rounds: int = 1) -> Flo
         return Flow()
     messages, sent = rounds * (n - 1), rounds * (n - 1) * shard
     crossing = where.nodes - 1
-    hops = crossing * machine.inter_latency + (n - 1 - crossing) * machine.intra_latency
+    hops = crossing * machine.inter.message + (n - 1 - crossing) * machine.intra.message
     local = n / where.nodes
-    slowest = sent / machine.intra if local > 1 else 0.0
+    slowest = sent / machine.intra.bandwidth if local > 1 else 0.0
     inter = sent / local if where.nodes > 1 else 0.0
-    return Flow(1, messages, sent, inter, machine.launch + rounds * hops + max(slowest, inter / machine.inter))
+    slowest = max(slowest, inter / machine.inter.bandwidth)
+    latency = machine.inter.latency if where.nodes > 1 else machine.intra.latency
+    return Flow(1, messages, sent, inter, latency + rounds * hops + slowest)
 
 
 def all_to_all(where: Span, payload: float, machine: Machine) -> Flow:
@@ -98,8 +101,10 @@ def all_to_all(where: Span, payload: float, machine: Machine) -> Flow:
         return Flow()
     inter, sent = payload * where.remote, payload * (n - 1) / n
     far = where.remote * n
-    latency = machine.launch + far * machine.inter_latency + (n - 1 - far) * machine.intra_latency
-    return Flow(1, n - 1, sent, inter, latency + max((sent - inter) / machine.intra, inter / machine.inter))
+    parts = ((machine.intra, n - 1 - far, sent - inter), (machine.inter, far, inter))
+    seconds = max(link.latency for link, messages, _ in parts if messages)
+    seconds += sum(messages * link.message + size / link.bandwidth for link, messages, size in parts)
+    return Flow(1, n - 1, sent, inter, seconds)
 
 
 def traffic(config: ModelConfig, layout: Layout, run: Run, machine: Machine, node: int) -> Traffic:
