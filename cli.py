@@ -148,19 +148,31 @@ def report(runs: Text[list[Path]]) -> None:
 
 
 def bench(
-    what: Text[Literal["layer", "train"]],
+    what: Text[Literal["layer", "train", "alltoall", "layouts"]],
     json: Path | None = None,
     quick: bool = False,
+    netns: bool = False,
 ) -> None:
-    """Measure side by side: one MoE layer, or a full training step, against peers and the machine's limit.
+    """Measure side by side: one MoE layer, or a full training step, against peers and the machine's limit; or the
+    exchanges of expert parallelism; or a training step under several layouts.
 
     Args:
         what: Which benchmark.
         json: Write the tidy rows here too.
         quick: Fewer cases and repeats.
+        netns: With alltoall: hosts are network namespaces, with links of 1 ms and 1 Gbit/s between them. Needs root.
     """
+    if what == "alltoall":
+        from .benchmarks.alltoall import main as exchanges
+
+        exchanges(json=json, quick=quick, netns=netns)
+        return
+    if netns:
+        raise ValueError(f"--netns is for the benchmark alltoall, not for {what}")
     if what == "layer":
         from .benchmarks.layer import main as run
+    elif what == "layouts":
+        from .benchmarks.layouts import main as run
     else:
         from .benchmarks.train import main as run
     run(json=json, quick=quick)

@@ -242,7 +242,7 @@ def disagreement(name: str, case: Case, tokens: int = 256) -> float:
 def _copy(parameters: tuple[Any, ...], values: tuple[Tensor, ...]) -> None:
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=False):
-            parameter.copy_(value)
+            parameter.copy_(value.reshape(parameter.shape))
 
 
 def _first(output: Any) -> Tensor:

@@ -206,7 +206,7 @@ def mixtral(case: Case, experts: str) -> nn.Module:
 @torch.no_grad()
 def copy_weights(model: GPT, peer: nn.Module) -> None:
     """Gives the peer coterie's weights; every parameter of the peer must be met."""
-    ours, heads, kv, width = dict(model.named_parameters()), *_heads(model.config)
+    ours = dict(model.named_parameters())
     values: dict[str, Tensor] = {
         "model.embed_tokens.weight": ours["embed.weight"],
         "model.norm.weight": ours["final_norm.weight"],
@@ -222,17 +222,13 @@ def copy_weights(model: GPT, peer: nn.Module) -> None:
     }
     for layer in range(model.config.layers):
         values |= {f"model.layers.{layer}.{their}": ours[f"blocks.{layer}.{our}"] for their, our in names.items()}
-        parts = ours[f"blocks.{layer}.attention.qkv.weight"].split([heads * width, kv * width, kv * width])
+        parts = ours[f"blocks.{layer}.attention.q.weight"], *ours[f"blocks.{layer}.attention.kv.weight"]
         for part, value in zip("qkv", parts, strict=True):
             values[f"model.layers.{layer}.self_attn.{part}_proj.weight"] = value
     for name, parameter in peer.named_parameters():
-        parameter.copy_(values.pop(name))
+        parameter.copy_(values.pop(name).reshape(parameter.shape))
     if values:
         raise ValueError(f"the peer has no {', '.join(values)}")
-
-
-def _heads(config: ModelConfig) -> tuple[int, int, int]:
-    return config.heads, config.num_kv_heads, config.width_per_head
 
 
 def _skewed_router(case: Case) -> Tensor:

@@ -59,14 +59,14 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def chunk_tokens(x_TD: Tensor, w_VD: Tensor, chunk: int) -> int:
+def chunk_tokens(x_TD: Tensor, words: int, chunk: int) -> int:
     """Tokens of a chunk: as asked, or so many that a pass over the logits costs no more than one over w's gradient.
 
     Fewer tokens would keep the logits in cache, but every chunk reads and writes the whole gradient of w: measured on
     two CPU cores, 512 tokens are best for 4 thousand and for 50 thousand words. A GPU wants larger products.
     """
     least, elements = (1024, 1 << 26) if x_TD.is_cuda else (512, 1 << 21)
-    return min(chunk or max(least, elements // w_VD.shape[0]), max(x_TD.shape[0], 1))
+    return min(chunk or max(least, elements // words), max(x_TD.shape[0], 1))
 
 
 def head_loss(
@@ -139,7 +139,7 @@ def _run_torch(
     counted_T = (targets_T != ignore_index).nonzero()[:, 0]
     some = counted_T.shape[0] < x_TD.shape[0]
     x_CD, t_C = (x_TD[counted_T], targets_T[counted_T]) if some else (x_TD, targets_T)
-    chunk = chunk_tokens(x_CD, w_VD, chunk)
+    chunk = chunk_tokens(x_CD, w_VD.shape[0], chunk)
     wide = wide_dtype(x_TD)
     # A CPU goes over a few rows at a time: they stay in its cache from one pass to the next.
     block = chunk if x_TD.is_cuda else max(1, min(chunk, _CACHED // w_VD.shape[0]))
@@ -202,7 +202,7 @@ def _run_triton(
         )
         return loss_C
 
-    return head_loss(x_TD, w_VD, loss_rows, chunk_tokens(x_TD, w_VD, chunk), need)
+    return head_loss(x_TD, w_VD, loss_rows, chunk_tokens(x_TD, vocabulary, chunk), need)
 
 
 def loss_and_gradients(

@@ -151,7 +151,7 @@ def kl_and_gradients(
         teacher_CV = teacher_x_TU[rows] @ teacher_w_VU.t()
         return run(student_CV, teacher_CV, temperature, None if valid_T is None else valid_T[rows], grad)
 
-    return head_loss(x_TD, w_VD, loss_rows, chunk_tokens(x_TD, w_VD, chunk), (need_x, need_w))
+    return head_loss(x_TD, w_VD, loss_rows, chunk_tokens(x_TD, w_VD.shape[0], chunk), (need_x, need_w))
 
 
 _linear_kl = torch.library.custom_op("coterie::linear_kl", kl_and_gradients, mutates_args=())

@@ -5,14 +5,17 @@ B batch, S sequence, D model, H query heads, G key-value heads, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import causal_attention
 from ..kernels.rope import rope
+from ..moe.experts import identity
 from .config import ModelConfig
-from .layers import Linear, Norm
+from .layers import Heads, Linear, Norm
 
 
 class Cache(Protocol):
@@ -27,17 +30,25 @@ class Cache(Protocol):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values in one projection; heads in that order along its rows."""
+    """Projections `q` (H, d, D), `kv` (2, G, d, D) and `out` (D, H * d) with its bias `out_bias`.
+
+    `parallelize` replaces three hooks where each rank holds some heads: `enter` gives the whole sequence from a
+    rank's positions, `leave` sums the ranks' answers and goes back, `once` lets that sum hold the bias once.
+    """
 
     def __init__(self, config: ModelConfig, *, device=None, dtype=None) -> None:
         super().__init__()
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.heads, self.kv_heads, self.width = config.heads, config.num_kv_heads, config.width_per_head
-        rows = (self.heads + 2 * self.kv_heads) * self.width
-        self.qkv = Linear(config.dim, rows, bias=config.bias, **kind)
-        self.out = Linear(self.heads * self.width, config.dim, bias=config.bias, **kind)
-        self.q_norm = Norm(self.width, eps=config.norm_eps, **kind) if config.qk_norm else None
-        self.k_norm = Norm(self.width, eps=config.norm_eps, **kind) if config.qk_norm else None
+        width, heads, dim = config.width_per_head, config.heads, config.dim
+        self.q = Heads(dim, (heads,), width, bias=config.bias, **kind)
+        self.kv = Heads(dim, (2, config.num_kv_heads), width, bias=config.bias, **kind)
+        self.out = Linear(heads * width, dim, **kind)
+        self.out_bias = nn.Parameter(torch.zeros(dim, **kind)) if config.bias else None
+        self.q_norm = Norm(width, eps=config.norm_eps, **kind) if config.qk_norm else None
+        self.k_norm = Norm(width, eps=config.norm_eps, **kind) if config.qk_norm else None
+        self.enter: Callable[[Tensor], Tensor] = identity
+        self.leave: Callable[[Tensor], Tensor] = identity
+        self.once: Callable[[Tensor], Tensor] = identity
 
     def forward(
         self, x_BSD: Tensor, cos: Tensor | None, sin: Tensor | None, cache: Cache | None = None, layer: int = 0
@@ -50,19 +61,16 @@ class Attention(nn.Module):
             cache: keys and values of earlier tokens.
             layer: which of the cache's layers this is.
         """
-        B, S, _ = x_BSD.shape
-        H, G = self.heads, self.kv_heads
-        qkv = self.qkv(x_BSD).view(B, S, H + 2 * G, self.width)
-        qk, v = qkv.split((H + G, G), dim=2)
-        if self.q_norm is None or self.k_norm is None:
-            # One rotation for queries and keys: they are neighbours in the projection.
-            q, k = _rotated(qk, cos, sin).split((H, G), dim=2)
+        x_BSD = self.enter(x_BSD)
+        q_BSHd = self.q(x_BSD)
+        k_BSGd, v_BSGd = self.kv(x_BSD).unbind(2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
+        if cos is not None and sin is not None:
+            q_BSHd, k_BSGd = rope(q_BSHd, cos, sin), rope(k_BSGd, cos, sin)
+        if cache is None:
+            o_BSHd = causal_attention(q_BSHd, k_BSGd, v_BSGd)
         else:
-            q, k = qk.split((H, G), dim=2)
-            q, k = _rotated(self.q_norm(q), cos, sin), _rotated(self.k_norm(k), cos, sin)
-        o_BSHd = causal_attention(q, k, v) if cache is None else cache.attend(layer, q, k, v)
-        return self.out(o_BSHd.reshape(B, S, H * self.width))
-
-
-def _rotated(x_BSHd: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    return x_BSHd if cos is None or sin is None else rope(x_BSHd, cos, sin)
+            o_BSHd = cache.attend(layer, q_BSHd, k_BSGd, v_BSGd)
+        bias_D = None if self.out_bias is None else self.once(self.out_bias)
+        return self.leave(self.out(o_BSHd.flatten(2), bias_D))

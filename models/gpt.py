@@ -5,8 +5,10 @@ B batch, S sequence, T = B * S tokens, D model, V vocabulary, E experts, K choic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels.cross_entropy import linear_cross_entropy
 from ..kernels.rope import rope_table
 from ..moe.balance import update_bias
-from ..moe.experts import FeedForward
+from ..moe.experts import FeedForward, identity
 from ..moe.gate import Routing, Stats
 from ..moe.layer import MoE
 from .attention import Attention, Cache
 from .config import ModelConfig
 from .init import init_weights
-from .layers import Norm
+from .layers import Embedding, Norm
+
+Recompute = Literal["none", "selective", "full"]
+"""What a block repeats in backward: nothing, its attention half (no exchange is repeated), or all from its input."""
+
+# The gate seeds its own noise: no global random state needs to be kept.
+_repeat = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Output(NamedTuple):
@@ -64,11 +72,12 @@ class Block(nn.Module):
         cache: Cache | None = None,
         replay_TK: Tensor | None = None,
         history_E: Tensor | None = None,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> tuple[Tensor, Routing | None]:
-        """(y_BSD, routing of a MoE layer). `recompute` keeps the input alone and repeats the rest in backward."""
-        if not recompute:
-            return self._run(x_BSD, cos, sin, valid_BS, cache, replay_TK, history_E)
+        """(y_BSD, routing of a MoE layer)."""
+        if recompute != "full":
+            half = recompute == "selective"
+            return self._run(x_BSD, cos, sin, valid_BS, cache, replay_TK, history_E, half)
         gate = None if self.moe is None else self.moe.gate
         first: list[tuple[Tensor, int]] = []
 
@@ -86,8 +95,7 @@ class Block(nn.Module):
             finally:
                 gate.draws = now
 
-        # The gate seeds its own noise: no global random state needs to be kept.
-        return checkpoint(run, x_BSD, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return _repeat(run, x_BSD)  # type: ignore[no-any-return]
 
     def attend(
         self, x_BSD: Tensor, cos: Tensor | None, sin: Tensor | None, cache: Cache | None
@@ -105,8 +113,10 @@ class Block(nn.Module):
         cache: Cache | None,
         replay_TK: Tensor | None,
         history_E: Tensor | None,
+        repeat_attention: bool = False,
     ) -> tuple[Tensor, Routing | None]:
-        h_BSD, x_BSD = self.attend(x_BSD, cos, sin, cache)
+        attend = partial(_repeat, self.attend) if repeat_attention else self.attend
+        h_BSD, x_BSD = attend(x_BSD, cos, sin, cache)  # type: ignore[misc]
         if self.moe is None:
             return x_BSD + self.mlp(h_BSD), None  # type: ignore[misc]
         out = self.moe(h_BSD, valid_BS, replay_TK=replay_TK, history_E=history_E)
@@ -121,15 +131,20 @@ class GPT(nn.Module):
     """A pre-norm decoder with dense and MoE layers.
 
     Attributes:
-        recompute: keep one tensor per block in training and repeat the block in backward, on the same routes.
+        recompute: what a training step repeats in backward, on the same routes, so as to keep less: see `Recompute`.
+        own, loss, logits: this rank's positions of (S,) or (B, S), and the head's two uses; `parallelize` replaces
+            them where a rank holds some positions and some words.
     """
 
     def __init__(self, config: ModelConfig, device=None, dtype=None) -> None:
         super().__init__()
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.recompute = False
-        self.embed = nn.Embedding(config.vocab_size, config.dim, **kind)
+        self.recompute: Recompute = "none"
+        self.own: Callable[[Tensor], Tensor] = identity
+        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _loss
+        self.logits: Callable[[Tensor, Tensor, int], Tensor] = _logits
+        self.embed = Embedding(config.vocab_size, config.dim, **kind)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.max_positions, config.dim, **kind) if learned else None
         self.blocks = nn.ModuleList(Block(config, layer, **kind) for layer in range(config.layers))
@@ -178,7 +193,8 @@ class GPT(nn.Module):
             logits_to_keep: only the last so many positions get logits; 0: all.
         """
         x_BSD, cos, sin = self._embed(tokens_BS, positions_BS, cache.length if cache is not None else 0)
-        recompute = self.recompute and cache is None and torch.is_grad_enabled()
+        valid_BS = None if valid_BS is None else self.own(valid_BS)
+        recompute = self.recompute if cache is None and torch.is_grad_enabled() else "none"
         routings: list[Routing] = []
         for block in self.blocks:
             moe, n = block.moe is not None, len(routings)
@@ -208,12 +224,19 @@ class GPT(nn.Module):
             positions_BS = torch.arange(start, end, device=tokens_BS.device)
         x_BSD = self.embed(tokens_BS)
         if self.positions is not None:
-            return x_BSD + self.positions(positions_BS), None, None
+            return x_BSD + self.positions(self.own(positions_BS)), None, None
         return x_BSD, *rope_table(positions_BS, self.config.width_per_head, self.config.rope_theta)
 
     def _head(self, x_BSD: Tensor, targets_BS: Tensor | None, keep: int) -> tuple[Tensor | None, Tensor | None]:
         weight = self.embed.weight if self.head is None else self.head.weight
         if targets_BS is None:
-            return self.final_norm(x_BSD[:, -keep:]) @ weight.T, None
-        x_TD = self.final_norm(x_BSD).flatten(0, 1)
-        return None, linear_cross_entropy(x_TD, weight, targets_BS.flatten())
+            return self.logits(self.final_norm(x_BSD), weight, keep), None
+        return None, self.loss(self.final_norm(x_BSD), weight, targets_BS)
+
+
+def _loss(x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
+    return linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
+
+
+def _logits(x_BSD: Tensor, weight_VD: Tensor, keep: int) -> Tensor:
+    return x_BSD[:, -keep:] @ weight_VD.T

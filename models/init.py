@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..parallel.tensor import local_part
 from .config import ModelConfig
-from .shards import local_box, local_part
+from .shards import local_box
 
 
 def draw(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
@@ -24,7 +25,7 @@ def std_of(name: str, config: ModelConfig) -> float | None:
     owner, _, kind = name.rpartition(".")
     if owner.endswith("norm"):
         return None if kind == "weight" else 0.0
-    if kind in ("bias", "b_in", "b_out", "bias_E"):
+    if kind in ("bias", "b_in", "b_out", "out_bias", "bias_E"):
         return 0.0
     if kind == "w_out" or owner.endswith("attention.out"):
         # The residual stream sums 2 * layers such outputs (GPT-2).

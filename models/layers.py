@@ -1,9 +1,12 @@
 """Norms and linear layers: modules with no choice of their own, computed by the kernels.
 
-D model.
+D model, H heads, d head width.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +14,15 @@ from torch import Tensor, nn
 
 from ..kernels.linear import linear
 from ..kernels.rmsnorm import rms_norm, rms_norm_add
+from ..moe.experts import identity
+from ..parallel.tensor import local_part
 
 
 class Norm(nn.Module):
-    """RMSNorm, or LayerNorm with a bias, over the last axis."""
+    """RMSNorm, or LayerNorm with a bias, over the last axis.
+
+    `share` is applied to the weight; `parallelize` replaces it where each rank norms other heads by the same weight.
+    """
 
     bias: nn.Parameter | None
 
@@ -24,11 +32,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         bias = torch.zeros(dim, device=device, dtype=dtype) if kind == "layernorm" else None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self.share: Callable[[Tensor], Tensor] = identity
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         if self.bias is None:
-            return rms_norm(x, self.weight, self.eps)
+            return rms_norm(x, self.share(self.weight), self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,9 +48,45 @@ class Norm(nn.Module):
         return self(total), total
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` with this package's product."""
+class Embedding(nn.Embedding):
+    """A table (V, D). `parallelize` replaces `look_up` where each rank holds some of the words."""
+
+    def __init__(self, words: int, dim: int, *, device=None, dtype=None) -> None:
+        super().__init__(words, dim, device=device, dtype=dtype)
+        self.look_up: Callable[[Tensor, Tensor], Tensor] = F.embedding
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., D) -> (..., N)."""
-        return linear(input, self.weight, self.bias)
+        """(...) ids -> (..., D)."""
+        return self.look_up(input, self.weight)
+
+
+class Heads(nn.Module):
+    """A projection to heads: weight (*heads, d, D), optional bias (*heads, d). A rank that holds some of the heads
+    computes those."""
+
+    def __init__(self, dim: int, heads: tuple[int, ...], width: int, *, bias: bool, device=None, dtype=None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*heads, width, dim, device=device, dtype=dtype))
+        zeros = torch.zeros(*heads, width, device=device, dtype=dtype) if bias else None
+        self.bias = None if zeros is None else nn.Parameter(zeros)
+        nn.init.uniform_(self.weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., *heads, d)."""
+        weight = local_part(self.weight)
+        bias = None if self.bias is None else local_part(self.bias).flatten()
+        y = linear(x, weight.flatten(0, -2), bias)
+        return y.unflatten(-1, weight.shape[:-1])
+
+
+class Linear(nn.Module):
+    """weight (N, D) without a bias. A rank that holds some of the columns gives the sum over those."""
+
+    def __init__(self, dim: int, out: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out, dim, device=device, dtype=dtype))
+        nn.init.uniform_(self.weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
+
+    def forward(self, x: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., N), `bias_N` added if given."""
+        return linear(x, local_part(self.weight), bias_N)

@@ -1,26 +1,23 @@
-"""The one place where a model meets a mesh: experts over ranks, then sharded data parallelism around all.
-
-E experts.
-"""
+"""The one place where a model meets a mesh: cut over ranks, then sharded data parallelism around all."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from ..moe.dispatch import AllToAllDispatch
-from ..moe.experts import Experts
-from ..parallel.collectives import all_reduce_sum
+from ..moe.exchanging import Dispatchers, Exchanging
+from ..moe.layer import MoE
 from ..parallel.mesh import Mesh
+from .fit import check_fit
 from .gpt import GPT, Block
+from .tensor_parallel import keep_out_of_graphs, spread_experts, spread_tensors
 
 log = logging.getLogger("coterie")
 
@@ -33,11 +30,14 @@ def parallelize(
     reshard: bool = True,
     compile: bool = False,
     even_splits: bool = False,
+    exchanging: Exchanging | None = None,
 ) -> GPT:
     """Lays a model over the ranks of a mesh, in place, and returns it.
 
-    A layer's experts are cut over its expert-parallel ranks (dimension 0), and FSDP2 shards them over the ranks that
-    hold the same ones, and all else over all ranks. Gradients are SUMS over ranks: divide the loss by global counts.
+    Attention, dense feed-forward layers and the vocabulary are cut over tp; between them a rank holds S / tp
+    positions of its sequences. A layer's experts are cut over its ep and etp. FSDP2 shards what is cut over the ranks
+    that hold the same part, and all else over all ranks of a copy. Every rank's loss is that of its own positions,
+    and gradients are SUMS over ranks: divide the loss by global counts.
     A model on the meta device comes back materialised with undefined values: call `init_weights` or load weights.
 
     Args:
@@ -48,16 +48,22 @@ def parallelize(
         reshard: free gathered weights after each block's forward pass.
         compile: compile the dense parts of each block; where no compiler exists this says so and goes on.
         even_splits: with a capacity, send that many rows to every expert, so that no size is read on the host.
+        exchanging: how rows travel to experts on other ranks. None: as its defaults say.
 
     Raises:
-        ValueError: an expert-parallel degree that does not fit the ranks or a layer's experts.
+        ValueError: a degree or an exchange does not fit the model's sizes or the ranks.
     """
     if dtype == torch.float32:
         dtype = None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
+    check_fit(model.config, mesh.layout)
+    compute = dtype or next(model.parameters()).dtype
+    dispatchers = Dispatchers(exchanging or Exchanging(), mesh.device_type, compute.itemsize)
+    spread_tensors(model, mesh)
     for block in blocks:
-        _spread_experts(block, mesh, even_splits)
+        if block.moe is not None:
+            spread_experts(block.moe, mesh, dispatchers, even_splits)
     if compile and _can_compile(mesh.device_type):
         for block in blocks:
             _compile(block)
@@ -68,65 +74,63 @@ def parallelize(
     return model
 
 
-def _spread_experts(block: Block, mesh: Mesh, even_splits: bool) -> None:
-    """Cuts the layer's experts over its expert-parallel ranks and puts the all-to-all between them."""
-    moe = block.moe
-    if moe is None:
-        return
-    moe.gate.reduce_counts = functools.partial(_sum_over, group=mesh.dp)
-    if mesh.expert_degree(moe.num_experts) == 1:
-        return
-    ep = mesh.experts(moe.num_experts).ep
-    for name, whole in list(moe.experts.named_parameters(recurse=False)):
-        mine = whole.detach().chunk(ep.size())[ep.get_local_rank()].clone()
-        cut = DTensor.from_local(mine, ep, [Shard(0)], run_check=False)
-        setattr(moe.experts, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
-    capacity = moe.gate.capacity if even_splits else None
-    moe.dispatch = AllToAllDispatch(ep.get_group(), moe.num_experts, capacity)
-
-
-def _sum_over(counts_E: Tensor, group: DeviceMesh) -> Tensor:
-    return all_reduce_sum(counts_E, group.get_group())
-
-
 def _shard(model: GPT, blocks: list[Block], mesh: Mesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
-    """FSDP2 over the experts' ranks, then over all ranks block by block, then around what is left."""
+    """FSDP2 over the ranks that hold the same part of a module, block by block, then around what is left."""
     left: set[nn.Parameter] = set()
+    cut = mesh.layout.tp > 1
     for block in blocks:
         if block.moe is not None:
-            left |= _shard_moe(block.moe.experts, block.moe.gate, mesh, policy, reshard)
-        _fully_shard(block, mesh.dp, policy, reshard, left)
+            left |= _shard_moe(block.moe, mesh, policy, reshard)
+        if cut:
+            for module in (block.attention, block.mlp):
+                left |= _shard_part(module, mesh.shard, policy, reshard) if module is not None else set()
+        _fully_shard(block, mesh.whole, policy, reshard, left)
     # The embedding and the head are needed at both ends of the pass: gathering them once is less traffic.
-    _fully_shard(model, mesh.dp, policy, False, left)
+    vocabulary = {*model.embed.parameters(), *(() if model.head is None else model.head.parameters())}
+    if not cut or (mesh.shard.size() == 1 and policy.param_dtype is None):
+        _fully_shard(model, mesh.whole, policy, False, left | (vocabulary if cut else set()))
+        return
+    for module in (model.positions, model.final_norm):
+        if module is not None:
+            _fully_shard(module, mesh.whole, policy, False, set())
+    _fully_shard(model, mesh.shard, policy, False, left)
 
 
-def _shard_moe(
-    experts: Experts, gate: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy, reshard: bool
-) -> set[nn.Parameter]:
+def _shard_moe(moe: MoE, mesh: Mesh, policy: MixedPrecisionPolicy, reshard: bool) -> set[nn.Parameter]:
     """Shards what does not belong to all ranks, or not in the block's dtype; returns what no one needs to shard."""
     if policy.param_dtype is not None:
         wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        _fully_shard(gate, mesh.dp, wide, reshard, set())
-    if not isinstance(experts.w_in, DTensor):
+        _fully_shard(moe.gate, mesh.whole, wide, reshard, set())
+    if not isinstance(moe.experts.w_in, DTensor):
         return set()
-    edp = mesh.experts(gate.weight.shape[0]).edp  # type: ignore[index]
-    if edp.size() == 1 and policy.param_dtype is None:
-        # Each expert lives on one rank, whose gradient is whole: nothing to gather, reduce or cast.
-        return set(experts.parameters())
-    _fully_shard(experts, edp, policy, reshard, set())
+    return _shard_part(moe.experts, mesh.experts(moe.num_experts).edp, policy, reshard)
+
+
+def _shard_part(
+    module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool
+) -> set[nn.Parameter]:
+    """Shards a module that is cut already; on one rank its gradient is whole, and there is nothing to gather, reduce
+    or cast: returns its parameters instead."""
+    if mesh.size() == 1 and policy.param_dtype is None:
+        return set(module.parameters())
+    _fully_shard(module, mesh, policy, reshard, set())
     return set()
 
 
 def _fully_shard(
     module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool, ignored: set[nn.Parameter]
 ) -> None:
-    size = mesh.size()
+    ranks = mesh.size(mesh.ndim - 1)
 
-    def place(parameter: nn.Parameter) -> Shard | None:
-        # Dimension 0 of a stack of experts is cut already; a second cut would interleave experts over ranks.
-        if not isinstance(parameter, DTensor):
-            return None
-        return next((Shard(d) for d in range(1, parameter.dim()) if parameter.shape[d] % size == 0), None)
+    def place(parameter: nn.Parameter) -> Shard:
+        # The first dimension needs no copy to gather. One that is cut already would interleave the ranks' parts.
+        placements = parameter.placements if isinstance(parameter, DTensor) else ()
+        cut = {p.dim for p in placements if isinstance(p, Shard)}
+        whole = [d for d in range(parameter.dim()) if d not in cut]
+        even = [d for d in whole if parameter.shape[d] % ranks == 0]
+        if 0 in even or not even:
+            return Shard(0)
+        return Shard(max(even, key=lambda d: parameter.shape[d]))
 
     fully_shard(
         module,
@@ -162,6 +166,7 @@ def _can_compile(device_type: str) -> bool:
 
 def _compile(block: Block) -> None:
     """Compiles attention with its norms, and a dense feed-forward; a MoE layer's own kernels are fused already."""
+    keep_out_of_graphs(block)
     block.attend = torch.compile(block.attend)  # type: ignore[method-assign]
     if block.mlp is not None:
         block.mlp.forward = torch.compile(block.mlp.forward)  # type: ignore[method-assign]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..parallel.tensor import local_part
 from .config import ModelConfig
 from .gpt import GPT
-from .shards import local_box, local_part
+from .shards import local_box
 from .tensor_files import FILE_BYTES, Drafts, StoredTensors, split_names
 from .tokenizer import Tokenizer
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,11 +30,17 @@ def balance_loss(probs_TE: Tensor, fraction_E: Tensor) -> Tensor:
     return probs_TE.shape[-1] * torch.dot(probs_TE.sum(0), fraction_E)
 
 
-def sequence_balance_loss(probs_TE: Tensor, choices_TK: Tensor, sequence_length: int) -> Tensor:
+def sequence_balance_loss(
+    probs_TE: Tensor, choices_TK: Tensor, sequence_length: int, reduce: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """The same with each sequence's own fractions (DeepSeek-V3, eq. 17-20): sum over sequences of
-    E * sum_i f_i^b * sum_{t in b} p_ti. It depends neither on the micro-batch nor on the ranks."""
+    E * sum_i f_i^b * sum_{t in b} p_ti. It depends neither on the micro-batch nor on the ranks.
+
+    `sequence_length` is that of this rank; `reduce` sums the counts (B, E) over the ranks that hold the rest.
+    """
     probs_BSE = probs_TE.unflatten(0, (-1, sequence_length))
-    fraction_BE = fractions(sequence_counts(choices_TK, sequence_length, probs_TE.shape[-1]))
+    counts_BE = sequence_counts(choices_TK, sequence_length, probs_TE.shape[-1])
+    fraction_BE = fractions(counts_BE if reduce is None else reduce(counts_BE))
     return probs_TE.shape[-1] * (probs_BSE.sum(1) * fraction_BE).sum()
 
 

@@ -1,10 +1,12 @@
 """Feed-forward networks: the stacked experts of a MoE layer, and the dense one that is also the shared expert."""
 
-# Shapes: T tokens, D model, E experts, K choices, F hidden, N = 2F (swiglu) or F (gelu).
+# Shapes: T tokens, D model, E experts, K choices, F hidden, P 2 (swiglu: gate, up) or 1 (gelu), N = P F.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +16,36 @@ from ..kernels.expert_mlp import expert_mlp
 from ..kernels.expert_mlp_packed import PackedExperts, can_pack
 from ..kernels.linear import linear
 from ..kernels.permute import Plan
+from ..parallel.tensor import local_part
 
 _FEW = 64  # rows for which starting an operation costs more than its work
 
 
-def in_width(hidden: int, activation: str) -> int:
-    """N: rows of `w_in`, gate then up for swiglu."""
-    return 2 * hidden if activation == "swiglu" else hidden
+def projections(activation: str) -> int:
+    """P: gate and up for swiglu, one for gelu."""
+    return 2 if activation == "swiglu" else 1
+
+
+def identity(x: Tensor) -> Tensor:
+    """What a hook is on one device."""
+    return x
+
+
+class Chunks(NamedTuple):
+    """Rows that arrive piece by piece: piece c is for the c-th of `number` equal shares of a rank's experts."""
+
+    number: int
+    pieces: Iterator[tuple[Tensor, Plan]]
+    answer: Callable[[Tensor], None]
+    """Takes a piece's answers as soon as they are there."""
 
 
 class Experts(nn.Module):
-    """E feed-forward networks, stacked: w_in (E, N, D), w_out (E, D, F), optional b_in (E, N), b_out (E, D).
+    """E feed-forward networks, stacked: w_in (E, P, F, D), w_out (E, D, F), optional b_in (E, P, F), b_out (E, D).
 
-    Swiglu: w_out (silu(gate) * up) with gate, up = the halves of w_in x; gelu: w_out gelu_tanh(w_in x). Under expert
-    parallelism the parameters are DTensors sharded by expert, and a call computes this rank's experts alone.
+    Swiglu: w_out (silu(gate) * up) with gate, up = w_in x; gelu: w_out gelu_tanh(w_in x). On a mesh the parameters
+    are DTensors cut by expert, and by F where ranks slice an expert: a call computes what this rank holds. `slices`
+    (`moe.slices`) then goes around each call, and `once` lets the sum over slices hold b_out once.
     """
 
     def __init__(
@@ -44,12 +62,14 @@ class Experts(nn.Module):
         super().__init__()
         self.activation = activation
         at: dict[str, Any] = {"device": device, "dtype": dtype}
-        width = in_width(hidden, activation)
-        self.w_in = nn.Parameter(torch.empty(num_experts, width, dim, **at))
+        shape = projections(activation), hidden
+        self.w_in = nn.Parameter(torch.empty(num_experts, *shape, dim, **at))
         self.w_out = nn.Parameter(torch.empty(num_experts, dim, hidden, **at))
-        self.b_in = nn.Parameter(torch.empty(num_experts, width, **at)) if bias else None
+        self.b_in = nn.Parameter(torch.empty(num_experts, *shape, **at)) if bias else None
         self.b_out = nn.Parameter(torch.empty(num_experts, dim, **at)) if bias else None
         self.packed: PackedExperts | None = None
+        self.once: Callable[[Tensor], Tensor] = identity
+        self.slices: Callable[[Callable[..., Tensor], Tensor, Plan, Tensor | None], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -58,7 +78,7 @@ class Experts(nn.Module):
     def pack(self) -> None:
         """Keeps the weights a second time, as the products of a CPU read them: for calls without gradients, until
         the weights change. Elsewhere it does nothing."""
-        w_in, w_out = _local(self.w_in), _local(self.w_out)
+        w_in, w_out = local_part(self.w_in).flatten(1, 2), local_part(self.w_out)
         self.packed = PackedExperts(w_in, w_out, self.activation) if can_pack(w_in) else None
 
     def train(self, mode: bool = True) -> Experts:
@@ -68,21 +88,60 @@ class Experts(nn.Module):
         super().train(mode)
         return self
 
-    def forward(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
-        """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones."""
-        w_in, w_out = _local(self.w_in), _local(self.w_out)
-        b_in, b_out = (None if b is None else _local(b) for b in (self.b_in, self.b_out))
-        if self.packed is not None and not torch.is_grad_enabled() and can_pack(w_in):
-            if self.packed.fresh(w_in, w_out):
-                return self.packed(x_TD, plan, weights_TK, b_in, b_out)
+    def forward(
+        self, x_TD: Tensor | Chunks, plan: Plan | None = None, weights_TK: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
+        """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones. For `Chunks` the answers
+        of all pieces."""
+        own = self._own()
+        if isinstance(x_TD, Chunks):
+            return self._by_pieces(x_TD, own)
+        assert plan is not None
+        return self._sliced(own, self._pack_of(own), x_TD, plan, weights_TK)
+
+    def _own(self) -> list[Tensor | None]:
+        """w_in (E, N, D), w_out, b_in (E, N), b_out of this rank."""
+        b_in = None if self.b_in is None else local_part(self.b_in).flatten(1)
+        b_out = None if self.b_out is None else self.once(local_part(self.b_out))
+        return [local_part(self.w_in).flatten(1, 2), local_part(self.w_out), b_in, b_out]
+
+    def _pack_of(self, own: Sequence[Any]) -> PackedExperts | None:
+        """The pack, where it may be used and still holds these weights."""
+        if self.packed is None or torch.is_grad_enabled() or not can_pack(own[0]):
+            return None
+        if not self.packed.fresh(own[0], own[1]):
             self.packed = None
+        return self.packed
+
+    def _by_pieces(self, chunks: Chunks, own: Sequence[Tensor | None]) -> list[Tensor]:
+        shares = [[None] * chunks.number if part is None else part.chunk(chunks.number) for part in own]
+        answers = []
+        for (x_QD, plan), *some in zip(chunks.pieces, *shares, strict=True):
+            answers.append(self._sliced(some, None, x_QD, plan, None))
+            chunks.answer(answers[-1])
+        return answers
+
+    def _sliced(self, own: Sequence[Any], packed: PackedExperts | None, *rows: Any) -> Tensor:
+        compute = partial(self._compute, own, packed)
+        return compute(*rows) if self.slices is None else self.slices(compute, *rows)
+
+    def _compute(
+        self, own: Sequence[Any], packed: PackedExperts | None, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None
+    ) -> Tensor:
+        w_in, w_out, b_in, b_out = own
+        if packed is not None:
+            return packed(x_TD, plan, weights_TK, b_in, b_out)
         return expert_mlp(
             x_TD, plan, w_in, w_out, weights_TK=weights_TK, b_in_EN=b_in, b_out_ED=b_out, activation=self.activation
         )
 
 
 class FeedForward(nn.Module):
-    """One dense network of the same kinds: w_in (N, D), w_out (D, F), optional b_in (N,), b_out (D,)."""
+    """One dense network of the same kinds: w_in (P, F, D), w_out (D, F), optional b_in (P, F), b_out (D,).
+
+    The hooks are those of `Attention`: where each rank holds a slice of F, `enter` gathers the sequence, `leave` sums
+    the ranks' answers, and `once` lets that sum hold b_out once.
+    """
 
     def __init__(
         self,
@@ -97,11 +156,14 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = activation
         at: dict[str, Any] = {"device": device, "dtype": dtype}
-        width = in_width(hidden, activation)
-        self.w_in = nn.Parameter(torch.empty(width, dim, **at))
+        shape = projections(activation), hidden
+        self.w_in = nn.Parameter(torch.empty(*shape, dim, **at))
         self.w_out = nn.Parameter(torch.empty(dim, hidden, **at))
-        self.b_in = nn.Parameter(torch.empty(width, **at)) if bias else None
+        self.b_in = nn.Parameter(torch.empty(*shape, **at)) if bias else None
         self.b_out = nn.Parameter(torch.empty(dim, **at)) if bias else None
+        self.enter: Callable[[Tensor], Tensor] = identity
+        self.leave: Callable[[Tensor], Tensor] = identity
+        self.once: Callable[[Tensor], Tensor] = identity
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,28 +171,34 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
+        w_ND, w_DF = local_part(self.w_in).flatten(0, 1), local_part(self.w_out)
+        b_N = None if self.b_in is None else local_part(self.b_in).flatten()
+        b_D = None if self.b_out is None else self.once(self.b_out)
         many = torch.is_grad_enabled() or x.numel() >= _FEW * x.shape[-1]
-        if many and x.device.type == "cpu" and x.dtype == self.w_in.dtype == torch.float32:
-            return self._as_one_expert(x)
-        z = linear(x, self.w_in, self.b_in)
+        fast = many and x.device.type == "cpu" and x.dtype == w_ND.dtype == torch.float32
+        run = self._as_one_expert if fast else self._plain
+        return self.leave(run(self.enter(x), w_ND, w_DF, b_N, b_D))
+
+    def _plain(self, x: Tensor, w_ND: Tensor, w_DF: Tensor, b_N: Tensor | None, b_D: Tensor | None) -> Tensor:
+        z = linear(x, w_ND, b_N)
         if self.activation == "swiglu":
             gate, up = z.chunk(2, -1)
             a = F.silu(gate) * up
         else:
             a = F.gelu(z, approximate="tanh")
-        return linear(a, self.w_out, self.b_out)
+        return linear(a, w_DF, b_D)
 
-    def _as_one_expert(self, x: Tensor) -> Tensor:
+    def _as_one_expert(self, x: Tensor, w_ND: Tensor, w_DF: Tensor, b_N: Tensor | None, b_D: Tensor | None) -> Tensor:
         # In fp32 on a CPU the experts' operation takes 0.6 of the time, and keeps less for the backward pass.
         x_TD = x.reshape(-1, x.shape[-1])
         rows_T = torch.arange(len(x_TD))
         y_TD = expert_mlp(
             x_TD,
             Plan(rows_T, rows_T[:, None], torch.full((1,), len(x_TD))),
-            self.w_in[None],
-            self.w_out[None],
-            b_in_EN=None if self.b_in is None else self.b_in[None],
-            b_out_ED=None if self.b_out is None else self.b_out[None],
+            w_ND[None],
+            w_DF[None],
+            b_in_EN=None if b_N is None else b_N[None],
+            b_out_ED=None if b_D is None else b_D[None],
             activation=self.activation,
         )
         return y_TD.view(x.shape)
@@ -142,9 +210,3 @@ def _reset(module: Experts | FeedForward) -> None:
     for bias in (module.b_in, module.b_out):
         if bias is not None:
             nn.init.zeros_(bias)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """This rank's experts where the parameter is sharded, else the parameter."""
-    to_local = getattr(parameter, "to_local", None)
-    return parameter if to_local is None else to_local()

@@ -47,7 +47,8 @@ class Gate(nn.Module):
 
     `weight` (E, D) is an fp32 parameter. `bias_E`, when `config.bias_update` > 0, is an fp32 buffer that takes part
     in the choice and never in the weights (DeepSeek-V3; HF's `e_score_correction_bias`).
-    `reduce_counts` sums counts over the data-parallel ranks for `aux_scope="global"`; the identity on one rank.
+    `reduce_counts` sums counts over all ranks for `aux_scope="global"`, `reduce_sequences` those of a sequence over
+    the ranks that share it, for `aux_scope="sequence"`; both are the identity on one rank.
     `noise_seed` and `draws` seed this layer's own noise: see `seed_noise`.
     """
 
@@ -62,6 +63,7 @@ class Gate(nn.Module):
         bias_E = torch.zeros(num_experts, device=device) if config.bias_update > 0 else None
         self.register_buffer("bias_E", bias_E)
         self.reduce_counts: Callable[[Tensor], Tensor] = _identity
+        self.reduce_sequences: Callable[[Tensor], Tensor] = _identity
         self.noise_seed, self.draws = 0, 0
         self.reset_parameters()
 
@@ -104,7 +106,7 @@ class Gate(nn.Module):
         Args:
             x_TD: the tokens, any floating dtype.
             valid_T: False marks padding: no experts, no capacity, no losses, no counts.
-            sequence_length: S where x_TD holds whole sequences; `aux_scope="sequence"` needs it.
+            sequence_length: positions of each sequence in x_TD; `aux_scope="sequence"` needs it.
             replay_TK: recorded `choices_TK`; nothing is chosen, weights and losses come from the live logits.
             history_E: this rank's `asked_E` of the earlier micro-batches of the same optimizer step. The global
                 scope adds them, so the last micro-batch sees the whole batch's fractions (arXiv 2501.11873).
@@ -218,7 +220,7 @@ class Gate(nn.Module):
         if self.config.aux_scope == "sequence":
             if sequence_length is None:
                 raise ValueError("aux_scope='sequence' needs the sequence length of the batch")
-            return sequence_balance_loss(probs_TE, gated.ids_TK, sequence_length)
+            return sequence_balance_loss(probs_TE, gated.ids_TK, sequence_length, self.reduce_sequences)
         counts_E = gated.counts_E
         if self.config.aux_scope == "global" and self.training and self.config.aux_weight > 0:
             counts_E = self.reduce_counts(counts_E if history_E is None else counts_E + history_E)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoEConfig
-from .dispatch import AllToAllDispatch, LocalDispatch
+from .dispatch import AllToAllDispatch, Coordinated, LocalDispatch
 from .experts import Experts, FeedForward
 from .gate import Gate, Routing
 
@@ -52,7 +52,7 @@ class MoE(nn.Module):
         self.coefficient = nn.Linear(dim, 2, **at) if config.residual else None
         self.shared = FeedForward(dim, config.shared_hidden, **kind) if config.shared_hidden else None
         self.shared_gate = nn.Linear(dim, 1, bias=False, **at) if config.shared_gate else None
-        self.dispatch: LocalDispatch | AllToAllDispatch = LocalDispatch()
+        self.dispatch: LocalDispatch | AllToAllDispatch | Coordinated = LocalDispatch()
 
     def forward(
         self,
@@ -71,12 +71,24 @@ class MoE(nn.Module):
             replay_TK=replay_TK,
             history_E=history_E,
         )
-        y_TD = self.dispatch(x_TD, routing, self.experts)
+        finish = self.dispatch.start(x_TD, routing)  # rows travel while the dense parts compute
+        mix_T2, residual_TD, shared_TD = self._beside(x_TD)
+        y_TD = finish(self.experts)
         routing = routing._replace(stats=routing.stats._replace(rows=self.dispatch.rows(routing)))
+        if mix_T2 is not None and residual_TD is not None:
+            mix_T2 = mix_T2.to(y_TD.dtype)
+            y_TD = torch.addcmul(y_TD * mix_T2[:, :1], residual_TD, mix_T2[:, 1:])
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
+        return MoEOutput(y_TD.view(x_BSD.shape), routing)
+
+    def _beside(self, x_TD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What needs no expert: the residual's weights (T, 2) and answer, and the shared answer; None without."""
+        mix_T2 = residual_TD = shared_TD = None
         if self.residual is not None and self.coefficient is not None:
-            mix_T2 = self.coefficient(x_TD).softmax(-1, dtype=torch.float32).to(y_TD.dtype)
-            y_TD = torch.addcmul(y_TD * mix_T2[:, :1], self.residual(x_TD), mix_T2[:, 1:])
+            mix_T2 = self.coefficient(x_TD).softmax(-1, dtype=torch.float32)
+            residual_TD = self.residual(x_TD)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
-            y_TD = y_TD + (shared_TD if self.shared_gate is None else shared_TD * self.shared_gate(x_TD).sigmoid())
-        return MoEOutput(y_TD.view(x_BSD.shape), routing)
+            shared_TD = shared_TD if self.shared_gate is None else shared_TD * self.shared_gate(x_TD).sigmoid()
+        return mix_T2, residual_TD, shared_TD

@@ -1,90 +1,106 @@
-"""The all-to-all of expert parallelism: counts, then rows, differentiable, timed."""
-
-# Shapes: P ranks, E experts, L = E / P experts of one rank, R rows sent, Q rows received, D model.
+"""The all-to-all of one process group, started now and awaited later, counted and timed."""
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .traffic import Nodes, Traffic, find_nodes, launched_per_node, link
 
-class Clock:
-    """Adds up the time between `start` and `stop`: seconds of this process on CPU, device events on CUDA."""
-
-    def __init__(self) -> None:
-        self._seconds, self._events = 0.0, []
-
-    def start(self, device: torch.device) -> Any:
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self, started: Any) -> None:
-        if isinstance(started, float):
-            self._seconds += time.perf_counter() - started
-        else:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._events.append((started, event))
-
-    def read(self) -> float:
-        """Seconds since the last reading. On CUDA it waits for the recorded work: call it when a step is logged."""
-        seconds, self._seconds = self._seconds, 0.0
-        for begin, end in self._events:
-            end.synchronize()
-            seconds += begin.elapsed_time(end) / 1e3
-        self._events.clear()
-        return seconds
+Land = Callable[[], Tensor]
+"""Waits for what is under way and returns it; called once."""
 
 
-def exchange_counts(counts_E: Tensor, group: dist.ProcessGroup, clock: Clock | None = None) -> Tensor:
-    """Tells every rank how many rows it gets. Returns counts_PL: rows from rank p for my local expert l. int64."""
-    counts_PL = counts_E.view(group.size(), -1)
-    if group.size() == 1:
-        return counts_PL
-    return _swap(counts_PL, None, None, group, clock)
+class Lane:
+    """A process group as this rank uses it: the kind of link to each member, and where traffic is counted."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, links: Sequence[str], traffic: Traffic | None = None, overlap: bool = True
+    ) -> None:
+        self.group, self.links, self.overlap = group, links, overlap
+        self.traffic = Traffic() if traffic is None else traffic
+
+    def swap(self, x: Tensor, send: list[int] | None = None, receive: list[int] | None = None) -> Land:
+        """Starts to send rows to the ranks of the group: the first `send[0]` to rank 0, and so on.
+
+        Args:
+            send, receive: rows to and from each rank; zeros are fine, but every rank must call. None: equal shares.
+        """
+        if len(self.links) == 1:
+            return lambda: x
+        x = x.contiguous()
+        shares = [len(x) // len(self.links)] * len(self.links)
+        out = x.new_empty(x.shape if receive is None else (sum(receive), *x.shape[1:]))
+        width = x[0:1].numel() * x.element_size() if len(x) else 0
+        self.traffic.count(self.links, [rows * width for rows in (shares if send is None else send)])
+        clock = self.traffic.clock
+        started = clock.start(x.device)
+        work = dist.all_to_all_single(out, x, receive, send, group=self.group, async_op=self.overlap)
+        clock.stop(started)
+
+        def land() -> Tensor:
+            if work is not None:
+                started = clock.start(x.device)
+                work.wait()
+                clock.stop(started)
+            return out
+
+        return land
 
 
-def all_to_all_rows(
-    x_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, clock: Clock | None = None
-) -> Tensor:
-    """Sends rows to the ranks of the group and returns what they send, in the order of the ranks. Differentiable.
+class Network:
+    """An expert-parallel group and the machines that its ranks are on. Layers share one, so that its parts are made
+    once; all ranks must make and use them in the same order.
 
     Args:
-        x_RD: the rows for rank 0, then those for rank 1, ...
-        send, receive: rows to and from each rank; zeros are fine, but every rank must call, forward and backward.
+        group: its ranks, in the order of their experts.
+        ranks_per_node: consecutive global ranks of one machine. None: what the launcher says.
     """
-    if group.size() == 1:
-        return x_RD
-    return _AllToAll.apply(x_RD, send, receive, group, clock)
 
+    def __init__(self, group: dist.ProcessGroup, ranks_per_node: int | None = None) -> None:
+        self.group = group
+        self.members = dist.get_process_group_ranks(group)
+        self.per_node = ranks_per_node or launched_per_node(dist.get_world_size())
+        self.nodes = find_nodes(self.members, self.per_node)
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, send: list[int], receive: list[int], group: Any, clock: Clock | None
-    ) -> Tensor:
-        ctx.settings = (receive, send, group, clock)
-        return _swap(x_RD, send, receive, group, clock)
+    def whole(self, traffic: Traffic, overlap: bool = True) -> Lane:
+        """All ranks of the group."""
+        return self._lane(self.group, self.members, traffic, overlap)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _swap(grads[0], *ctx.settings), None, None, None, None
+    def within(self, traffic: Traffic, overlap: bool = True) -> Lane:
+        """The ranks of this rank's node."""
+        return self._lane(*self._parts[0], traffic, overlap)
 
+    def across(self, traffic: Traffic, overlap: bool = True) -> Lane:
+        """The ranks of the same place on every node."""
+        return self._lane(*self._parts[1], traffic, overlap)
 
-def _swap(
-    x: Tensor, send: list[int] | None, receive: list[int] | None, group: dist.ProcessGroup, clock: Clock | None
-) -> Tensor:
-    x = x.contiguous()
-    out = x.new_empty(x.shape if receive is None else (sum(receive), *x.shape[1:]))
-    started = None if clock is None else clock.start(x.device)
-    dist.all_to_all_single(out, x, receive, send, group=group)
-    if clock is not None:
-        clock.stop(started)
-    return out
+    def grid(self) -> Nodes:
+        """The nodes; ValueError where their ranks differ in number."""
+        if self.nodes is None:
+            raise ValueError(
+                f"expert-parallel ranks {self.members} do not fill nodes of {self.per_node} ranks evenly: "
+                "use the flat exchange"
+            )
+        return self.nodes
+
+    def _lane(self, group: dist.ProcessGroup, members: Sequence[int], traffic: Traffic, overlap: bool) -> Lane:
+        return Lane(group, [link(dist.get_rank(), member, self.per_node) for member in members], traffic, overlap)
+
+    @cached_property
+    def _parts(self) -> list[tuple[dist.ProcessGroup, list[int]]]:
+        nodes = self.grid()
+        node, place = divmod(self.group.rank(), nodes.per_node)
+        within = self.members[node * nodes.per_node : (node + 1) * nodes.per_node]
+        across = self.members[place :: nodes.per_node]
+        return [(self._subgroup(ranks), ranks) for ranks in (within, across)]
+
+    def _subgroup(self, ranks: list[int]) -> dist.ProcessGroup:
+        if len(ranks) in (1, len(self.members)):
+            return self.group  # a lane of one rank never uses it
+        group = dist.new_group(ranks, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return group

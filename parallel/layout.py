@@ -79,6 +79,8 @@ class Layout:
                 yield f"tp={self.tp} does not divide {name} {value}: {near(self.tp, divisors(value))}"
         if sizes.vocab < self.tp:
             yield f"tp={self.tp} is more than the vocabulary's {sizes.vocab} words"
+        elif -(-sizes.vocab // self.tp) * (self.tp - 1) >= sizes.vocab:
+            yield f"tp={self.tp} leaves a rank without any of the vocabulary's {sizes.vocab} words"
         if sizes.experts and sizes.expert_hidden % self.etp:
             nearest = near(self.etp, divisors(sizes.expert_hidden))
             yield f"etp={self.etp} does not divide the experts' hidden {sizes.expert_hidden}: {nearest}"

@@ -196,9 +196,10 @@ def feed_forward(
     """One network on one token."""
     z = w_in @ x_D + (0 if b_in is None else b_in)
     if kind == "swiglu":
-        gate, up = z[: len(z) // 2], z[len(z) // 2 :]
+        gate, up = z
         a = gate / (1 + (-gate).exp()) * up
     else:
+        (z,) = z
         a = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     return w_out @ a + (0 if b_out is None else b_out)
 

@@ -179,7 +179,7 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     manifest["format"] = 7
     manifest["seal"] = seal_of(manifest)
     file.write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="format 7; this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 7; this version reads 2"):
         read_manifest(file.parent)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,8 +15,9 @@ from torch import Tensor
 from coterie.moe.config import GateConfig, MoEConfig
 from coterie.moe.dispatch import AllToAllDispatch
 from coterie.moe.layer import MoE
-from coterie.parallel.all_to_all import all_to_all_rows, exchange_counts
+from coterie.parallel.all_to_all import Network
 from coterie.parallel.collectives import all_reduce_sum
+from coterie.parallel.exchange import Flat, flat_trip
 from coterie.parallel.mesh import Mesh, build_mesh
 
 D, E, F = 10, 8, 14  # at any degree, ranks and experts per rank differ in number
@@ -114,7 +116,10 @@ def _traffic(rank: int, world: int) -> dict[str, list[int]]:
             forward = len(calls)
             y_BSD.sum().backward()
             counted[name] = [forward, len(calls) - forward]
-            counted[f"{name} seconds"] = [moe.dispatch.clock.read() > 0, moe.dispatch.clock.read() == 0]
+            counted[f"{name} seconds"] = [
+                moe.dispatch.traffic.clock.read() > 0,
+                moe.dispatch.traffic.clock.read() == 0,
+            ]
     finally:
         dist.all_to_all_single = real  # type: ignore[assignment]
     return counted
@@ -148,12 +153,14 @@ def _primitives(rank: int, world: int) -> dict[str, Any]:
     group = dist.group.WORLD
     assert group is not None
     counts_E = torch.arange(2 * world) + 10 * rank
-    results: dict[str, Any] = {"counts": exchange_counts(counts_E, group)}
+    exchange = Flat(Network(group))
+    (trip,) = exchange.prepare(counts_E, counts_E, counts_E.view(1, world, 2))
+    results: dict[str, Any] = {"counts": trip.counts_PL}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         # Rank r sends p rows to rank p, and so gets r from each: rank 0 gets none.
-        send, receive = list(range(world)), [rank] * world
+        send, receive = np.arange(world), np.full(world, rank)
         x_RD = (torch.arange(sum(send) * 3).view(-1, 3) + 100 * rank).to(dtype).requires_grad_()
-        y_QD = all_to_all_rows(x_RD, send, receive, group)
+        y_QD = flat_trip(exchange.lane, send, receive, counts_E).send(x_RD)()
         (y_QD * (rank + 1)).sum().backward()
         results[str(dtype)] = (y_QD.detach(), x_RD.grad)
     return results

@@ -34,11 +34,12 @@ def _ids(tokens: int, choices: int = 2) -> Tensor:
 
 
 def _expected(experts: Experts, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None) -> Tensor:
-    b_in, b_out = (None if b is None else b.double() for b in (experts.b_in, experts.b_out))
+    b_in = None if experts.b_in is None else experts.b_in.double().flatten(1)
+    b_out = None if experts.b_out is None else experts.b_out.double()
     return expert_mlp_reference(
         x_TD.double(),
         plan,
-        experts.w_in.double(),
+        experts.w_in.double().flatten(1, 2),
         experts.w_out.double(),
         weights_TK=weights_TK,
         b_in_EN=b_in,

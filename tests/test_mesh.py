@@ -1,6 +1,5 @@
 """Meshes: who shares experts with whom, at any degree, and that FSDP composes with them."""
 
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from coterie.parallel import collectives
+from coterie.parallel.layout import Layout
 from coterie.parallel.mesh import Mesh, build_mesh
 
 
@@ -41,7 +41,7 @@ def test_every_layer_of_a_pyramid_has_its_own_degree(pretend) -> None:
         assert layer.ep.mesh.tolist() == ep_ranks
         assert layer.edp.mesh.tolist() == edp_ranks
         assert layer.ep.size() * layer.edp.size() == 128
-    assert mesh.dp.size() == 128
+    assert mesh.whole.size() == mesh.world == 128
     assert mesh.rank == 70
     assert mesh.experts(256) is mesh.experts(128), "meshes of equal shape are shared"
 
@@ -53,31 +53,37 @@ def test_degree_one_keeps_all_experts_at_home(pretend) -> None:
     assert layer.edp.mesh.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("world", "ep", "experts", "says"),
-    [
-        (8, 8, 12, "8 does not divide both 8 ranks and 12 experts: the nearest that does is 4"),
-        (8, 4, 2, None),
-        (8, 4, 6, "the nearest that does is 2"),
-        (8, 8, 3, "3 does not divide both 8 ranks and 3 experts: the nearest that does is 1"),
-        (12, 4, 6, "the nearest that does is 3 or 6"),
-    ],
-)
-def test_degrees_that_do_not_fit(world: int, ep: int, experts: int, says: str | None) -> None:
-    mesh = Mesh(0, world, "cpu", None, ep)  # type: ignore[arg-type]
-    if says is None:
-        assert mesh.expert_degree(experts) == min(ep, experts)
-        return
-    with pytest.raises(ValueError, match=re.escape(says)):
-        mesh.expert_degree(experts)
+def test_dense_axes_and_folded_experts(pretend) -> None:
+    pretend(13, 24)
+    mesh = build_mesh("cpu", dp_replicate=2, tp=3, ep=4, etp=2)
+    assert mesh.layout == Layout(2, 4, 3, 4, 2)
+    assert mesh.tp.mesh.tolist() == [12, 13, 14]
+    assert mesh.shard.mesh.tolist() == [[1, 4, 7, 10], [13, 16, 19, 22]]
+    assert mesh.whole.mesh.tolist() == [list(range(12)), list(range(12, 24))]
+    layer = mesh.experts(8)  # edp 3: the groups of experts span the copies
+    assert layer.ep.mesh.tolist() == [9, 11, 13, 15]
+    assert layer.etp.mesh.tolist() == [12, 13]
+    assert layer.cut.mesh.tolist() == [[8, 9], [10, 11], [12, 13], [14, 15]]
+    assert layer.edp.mesh.tolist() == [5, 13, 21]
+    layer = mesh.experts(2)  # edp 6: each copy has three of its own
+    assert layer.cut.mesh.tolist() == [[12, 13], [14, 15]]
+    assert layer.edp.mesh.tolist() == [[1, 5, 9], [13, 17, 21]]
+
+
+def test_copies_without_tensor_parallelism(pretend) -> None:
+    pretend(3, 4)
+    mesh = build_mesh("cpu", dp_replicate=2)
+    assert mesh.shard.mesh.tolist() == mesh.whole.mesh.tolist() == [[0, 1], [2, 3]]
 
 
 def test_mistakes_are_named(pretend) -> None:
     pretend(0, 6)
-    with pytest.raises(ValueError, match=r"ep=4 does not divide the 6 ranks of this run: take one of \[1, 2, 3, 6\]"):
+    with pytest.raises(ValueError, match="ep=4 does not divide 6 ranks: the nearest that does is 3 or 6"):
         build_mesh("cpu", ep=4)
-    with pytest.raises(ValueError, match="tp=2"):
-        build_mesh("cpu", tp=2)
+    with pytest.raises(ValueError, match="dp_replicate=3 x tp=6 does not make 6 ranks"):
+        build_mesh("cpu", tp=6, dp_replicate=3)
+    with pytest.raises(ValueError, match="4 experts do not spread over ep=3"):
+        build_mesh("cpu", ep=3).experts(4)
 
 
 class _Stack(nn.Module):

@@ -81,7 +81,7 @@ def _check_layout(rank: int, world: int, ep: int, config: ModelConfig, recompute
     expected, expected_loss = _one_rank(config)
     model = parallelize(GPT(config, device="meta"), build_mesh("cpu", ep=ep), reshard=reshard)
     model.init_weights(3)
-    model.recompute = recompute
+    model.recompute = "full" if recompute else "none"
     share = BATCH // world
     loss = _loss(model, slice(rank * share, (rank + 1) * share))
     loss.backward()
@@ -156,10 +156,10 @@ def _check_bf16(rank: int, world: int, ep: int) -> tuple[float, float]:
     mesh = build_mesh("cpu", ep=ep)
     model = parallelize(GPT(CONFIG, device="meta"), mesh, dtype=torch.bfloat16)
     model.init_weights(3)
-    model.recompute = True
+    model.recompute = "full"
     seen: dict[str, set[torch.dtype]] = {"gate": set(), "experts": set(), "attention": set()}
     for block in model.blocks:
-        block.attention.qkv.register_forward_pre_hook(
+        block.attention.q.register_forward_pre_hook(
             lambda m, x: seen["attention"].update({m.weight.dtype, x[0].dtype})
         )
         if block.moe is not None:
@@ -176,7 +176,7 @@ def _check_bf16(rank: int, world: int, ep: int) -> tuple[float, float]:
     assert_close_rms(total, expected_loss, 1e-2, "loss")
     for name, parameter in model.named_parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32, name
-        if "qkv" in name or "embed" in name:
+        if "attention.q" in name or "embed" in name:
             assert_close_rms(_whole(parameter.grad), dict(expected.named_parameters())[name].grad, 0.1, name)
     return total.item(), expected_loss.item()
 
@@ -222,7 +222,7 @@ def _check_compiled(rank: int, world: int) -> None:
     _, expected_loss = _one_rank(config)
     model = parallelize(GPT(config, device="meta"), build_mesh("cpu"), compile=True)
     model.init_weights(3)
-    model.recompute = True
+    model.recompute = "full"
     for _ in range(2):
         loss = _loss(model, slice(None))
         loss.backward()
@@ -261,7 +261,7 @@ def test_a_compiler_that_cannot_link_is_one_sentence(
 
 def _check_refusal(rank: int, world: int) -> None:
     config = replace(CONFIG, experts=(0, 0, 0, 3))
-    with pytest.raises(ValueError, match="does not divide both 2 ranks and 3 experts"):
+    with pytest.raises(ValueError, match="3 experts do not spread over ep=2 of 2 places"):
         parallelize(GPT(config, device="meta"), build_mesh("cpu", ep=2))
 
 

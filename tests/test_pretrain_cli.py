@@ -72,8 +72,8 @@ MISTAKES = {
     "clip": (["tiny", "--optim.clip", "-1"], r"optim.clip is -1.0: give 0 or more"),
     "infinite rate": (["tiny", "--optim.lr", "inf"], r"optim.lr is inf: give a number above 0"),
     "beta": (["tiny", "--optim.beta2", "1"], r"optim.beta2 is 1.0: give a number from 0 to below 1"),
-    "no tp": (["tiny", "--parallel.tp", "2"], r"tensor parallelism"),
-    "ep over ranks": (["tiny", "--parallel.ep", "2"], r"ep is 2, which does not divide 1 ranks"),
+    "tp over ranks": (["tiny", "--parallel.tp", "2"], r"tp=2 does not divide 1 ranks: the nearest that does is 1"),
+    "ep over ranks": (["tiny", "--parallel.ep", "2"], r"ep=2 does not divide 1 ranks: the nearest that does is 1"),
     "no data": (["tiny", "--parallel.device", "cpu"], r"no training data: give data.train"),
     "no such checkpoint": (["tiny", "--parallel.device", "cpu", "--checkpoint.resume", "x/step_1"], r"training data"),
 }
@@ -91,7 +91,10 @@ def test_a_mistake_gets_one_sentence(mistake: str, tmp_path: Path, monkeypatch, 
     [
         (3, {}, r"batch_size 8 does not divide over 3 ranks: use 6"),
         (16, {}, r"batch_size 8 does not divide over 16 ranks: use 16"),
-        (8, {"ep": 3}, r"ep is 3, which does not divide 8 ranks: choose among \[1, 2, 4, 8\]"),
+        (16, {"tp": 2}, None),
+        (32, {"tp": 2}, r"batch_size 8 does not divide over 16 data ranks: use 16"),
+        (8, {"tp": 8}, r"tp=8 does not divide heads 2: the nearest that does is 2"),
+        (8, {"ep": 3}, r"ep=3 does not divide 8 ranks: the nearest that does is 2 or 4"),
         (8, {"ep": 8}, None),  # layers of 4 and 8 experts: degrees 4 and 8
     ],
 )
@@ -108,7 +111,7 @@ def test_a_world_that_does_not_fit(world: int, changes: dict, sentence: str | No
 def test_experts_that_do_not_spread() -> None:
     config = RECIPES["tiny"]()
     model = replace(config.model, experts=(6, 6))
-    with pytest.raises(ValueError, match=r"6 experts do not spread over 4 of 8 ranks: .* among \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"6 experts do not spread over ep=4 of 8 places .* nearest that does is 2"):
         check(replace(config, model=model, parallel=replace(config.parallel, ep=4)), 8)
 
 
@@ -130,13 +133,13 @@ def test_wrong_and_foreign_data(data: Path, tmp_path: Path, capsys) -> None:
 def test_a_whole_run_and_what_it_leaves(data: Path, tmp_path: Path, capsys, caplog) -> None:
     """Also: the checkpoint of another model is refused, and the run that is done is left as it is."""
     run = tmp_path / "run"
-    more = ["--steps", "3", "--checkpoint.every", "2", "--micro-batch", "4", "--parallel.recompute", "True"]
+    more = ["--steps", "3", "--checkpoint.every", "2", "--micro-batch", "4", "--parallel.recompute", "selective"]
     assert main(flags(data, run, *more)) == 0
     out, _ = capsys.readouterr()
     assert out.count("\nstep ") + out.startswith("step ") == 3
     config = from_dict(json.loads((run / "config.json").read_text()))
     assert config.steps == 3
-    assert config.parallel.recompute
+    assert config.parallel.recompute == "selective"
     assert config.model == RECIPES["tiny"]().model
     assert from_dict(to_dict(config)) == config
     environment = json.loads((run / "environment.json").read_text())

@@ -38,7 +38,7 @@ def test_what_needs_no_rank_is_refused_before_one_starts(tmp_path: Path, monkeyp
         (["tinny"], "no recipe 'tinny'"),
         (["tiny", "--optim.lrr", "1"], "no option --optim.lrr"),
         (["tiny"], "batch_size 8 does not divide over 3 ranks"),
-        (["tiny", "--batch-size", "9", "--parallel.ep", "2"], "ep is 2, which does not divide 3 ranks"),
+        (["tiny", "--batch-size", "9", "--parallel.ep", "2"], "ep=2 does not divide 3 ranks"),
     ):
         with pytest.raises(ValueError, match=sentence):
             launch(3, arguments)

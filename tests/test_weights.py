@@ -103,7 +103,7 @@ def test_all_that_does_not_fit_is_named_at_once(saved: Path) -> None:
         **{
             "final_norm.weight": None,
             "stranger.weight": torch.zeros(3),
-            "blocks.1.moe.experts.w_in": torch.zeros(3, 24, 24),
+            "blocks.1.moe.experts.w_in": torch.zeros(3, 2, 12, 24),
         },
     )
     with pytest.raises(ValueError, match="does not fit the model") as caught:
@@ -111,7 +111,7 @@ def test_all_that_does_not_fit_is_named_at_once(saved: Path) -> None:
     message = str(caught.value)
     assert "final_norm.weight is missing" in message
     assert "stranger.weight is unknown" in message
-    assert "blocks.1.moe.experts.w_in has shape [3, 24, 24], expected [4, 24, 24]" in message
+    assert "blocks.1.moe.experts.w_in has shape [3, 2, 12, 24], expected [4, 2, 12, 24]" in message
 
 
 def test_a_damaged_file_is_refused(saved: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..kernels.cpu_gemm import product
-from ..parallel import all_to_all
+from ..parallel.traffic import LINKS, Sent, Traffic
 
 SPANS: tuple[str, ...] = ("data", "forward", "alltoall", "backward", "optimizer")
 
@@ -34,13 +34,13 @@ _PEAKS = (
 class Clock:
     """Adds up the spans of one step: wall time on a CPU, CUDA events on a GPU.
 
-    The all-to-alls inside "forward" and "backward" are timed by the dispatchers' own clocks; they become the span
-    "alltoall", and the others are given without them.
+    The all-to-alls inside "forward" and "backward" are timed and counted by the dispatchers' own traffic; their
+    seconds become the span "alltoall", and the others are given without them.
     """
 
-    def __init__(self, device: torch.device, dispatch_clocks: Sequence[all_to_all.Clock] = ()) -> None:
+    def __init__(self, device: torch.device, traffic: Sequence[Traffic] = ()) -> None:
         self._cuda = device.type == "cuda"
-        self._dispatch = dispatch_clocks
+        self._traffic = traffic
         self._seconds = dict.fromkeys(SPANS, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -56,13 +56,30 @@ class Clock:
             return
         begin = time.perf_counter()
         yield
-        moved = 0.0 if self._cuda else self.forget_all_to_all()
+        moved = 0.0 if self._cuda else self._moved()
         self._seconds[name] += time.perf_counter() - begin - moved
         self._seconds["alltoall"] += moved
 
-    def forget_all_to_all(self) -> float:
-        """Seconds of all-to-alls since the last span; they are then counted nowhere."""
-        return sum(clock.read() for clock in self._dispatch)
+    def forget_all_to_all(self) -> None:
+        """All-to-alls since the last span are then counted nowhere."""
+        self._moved()
+        self._sent()
+
+    def _moved(self) -> float:
+        return sum(traffic.clock.read() for traffic in self._traffic)
+
+    def _sent(self) -> dict[str, float]:
+        layers = [traffic.read() for traffic in self._traffic]
+        return {
+            f"{link}_{name}": sum(getattr(layer[link], name) for layer in layers)
+            for link in (LINKS if layers else ())
+            for name in Sent._fields
+        }
+
+    def row(self) -> dict[str, dict[str, float]]:
+        """A row's part since the last call: seconds of every span, and messages and bytes that this rank's
+        dispatchers sent by kind of link (none without such dispatchers)."""
+        return {"time": self.read(), "sent": self._sent()}
 
     def read(self) -> dict[str, float]:
         """Seconds of every span since the last call; on a GPU it waits for the work of these spans."""
@@ -71,7 +88,7 @@ class Clock:
             self._seconds[name] += start.elapsed_time(end) / 1e3
         if self._cuda:
             # Reading events waits for them, so it is done here alone; both passes move the same rows.
-            moved = self.forget_all_to_all()
+            moved = self._moved()
             self._seconds["alltoall"] += moved
             self._seconds["forward"] -= moved / 2
             self._seconds["backward"] -= moved / 2
@@ -80,11 +97,11 @@ class Clock:
         return seconds
 
 
-def dispatch_clocks(model: nn.Module) -> list[all_to_all.Clock]:
-    """The clocks of all expert-parallel dispatchers in a model."""
+def dispatch_traffic(model: nn.Module) -> list[Traffic]:
+    """The counters of all expert-parallel dispatchers in a model."""
     dispatchers = (getattr(module, "dispatch", None) for module in model.modules())
-    clocks = (getattr(dispatch, "clock", None) for dispatch in dispatchers)
-    return [clock for clock in clocks if isinstance(clock, all_to_all.Clock)]
+    counters = (getattr(dispatch, "traffic", None) for dispatch in dispatchers)
+    return [traffic for traffic in counters if isinstance(traffic, Traffic)]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, budget: float = 0.2) -> float:

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal, cast, get_type_hints
 
 from ..models.config import ModelConfig
+from ..models.fit import check_fit
+from ..moe.exchanging import Exchanging
+from ..parallel.layout import Layout, divisors, fill, near
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,33 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model lies on the ranks and how it computes."""
+    """How the model lies on the ranks and how it computes. Ranks that the degrees leave shard everything (FSDP)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    dp_replicate: int = 1
+    """Copies of all that is sharded (HSDP): more memory, less traffic between them."""
+    tp: int = 1
+    """Tensor-parallel degree: neighbouring ranks share attention, dense layers, the vocabulary, and the positions of
+    the same sequences."""
     ep: int = 1
     """Expert-parallel degree: a layer's experts are spread over min(ep, its experts) ranks."""
-    tp: int = 1
+    etp: int = 1
+    """Neighbouring ranks that hold slices of the same experts."""
+    exchange: Literal["auto", "flat", "hierarchical", "deduplicated"] = "auto"
+    """How rows travel to experts on other ranks; auto: flat on one node, else what is fastest on the links, which are
+    measured at the start."""
+    chunks: int = 1
+    """Parts in which they travel, so that experts compute meanwhile; at most a rank's experts, which they divide."""
+    ranks_per_node: int = 0
+    """Consecutive ranks of one machine; 0: what the launcher says."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrices compute in; master weights, optimizer and the router stay in fp32."""
     reshard: bool = True
     """Free gathered weights after the forward pass (less memory, one more gather)."""
     sync_every_micro: bool = False
     """Reduce gradients after each micro-batch, not once a step: less memory, more traffic."""
-    recompute: bool = False
-    """Activation checkpointing of every block, with the routes of the first pass replayed."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing of every block: its attention half, or all of it with the routes of the first pass."""
     compile: bool = False
     deterministic: bool = False
     """On a GPU, repeat runs bit by bit at the price of a slower attention backward. A CPU always does."""
@@ -170,35 +186,44 @@ def check(config: TrainConfig, world: int) -> None:
         ValueError: one sentence with what was given, what is expected and what to do.
     """
     _check_counts(config)
-    _check_sizes(config, world)
+    if any(e < 0 for e in config.model.experts):
+        raise ValueError(f"model.experts {config.model.experts} has a negative count: use 0 for a dense layer")
+    chosen = layout(config, world)
+    check_fit(config.model, chosen)
+    _check_sizes(config, chosen)
     _check_optim(config.optim)
-    model, parallel = config.model, config.parallel
-    experts = sorted({e for e in model.experts if e})
-    if any(e < 0 for e in model.experts):
-        raise ValueError(f"model.experts {model.experts} has a negative count: use 0 for a dense layer")
-    if parallel.tp != 1:
-        raise ValueError(f"parallel.tp is {parallel.tp}, but tensor parallelism is not built yet: use 1")
-    if parallel.ep < 1 or world % parallel.ep:
-        fitting = [d for d in range(1, world + 1) if world % d == 0]
-        raise ValueError(f"parallel.ep is {parallel.ep}, which does not divide {world} ranks: choose among {fitting}")
-    for count in experts:
-        degree = min(parallel.ep, count)
-        if count % degree or world % degree:
-            fitting = [d for d in range(1, count + 1) if count % d == 0 and world % d == 0]
-            raise ValueError(
-                f"a layer's {count} experts do not spread over {degree} of {world} ranks: "
-                f"choose parallel.ep among {fitting}"
-            )
+    for count in {e for e in config.model.experts if e}:
+        degree = chosen.experts(count).ep
+        if degree > 1:
+            exchanging(config).chunks_for(count // degree)
+
+
+def layout(config: TrainConfig, world: int) -> Layout:
+    """How the settings divide `world` ranks.
+
+    Raises:
+        ValueError: the degrees do not multiply to the ranks.
+    """
+    parallel = config.parallel
+    return fill(world, dp_replicate=parallel.dp_replicate, tp=parallel.tp, ep=parallel.ep, etp=parallel.etp)
+
+
+def exchanging(config: TrainConfig, tokens: int = 0) -> Exchanging:
+    """How rows travel, with `tokens` of a rank in a forward pass."""
+    parallel = config.parallel
+    return Exchanging(parallel.exchange, parallel.chunks, parallel.ranks_per_node, tokens)
 
 
 def _check_counts(config: TrainConfig) -> None:
     for name in ("seq_len", "batch_size", "max_bad_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}: give 1 or more")
+    if config.parallel.chunks < 1:
+        raise ValueError(f"parallel.chunks is {config.parallel.chunks}: give 1 or more")
     for part, names in (
         ("", ("tokens", "steps", "eval_every", "eval_batches")),
         ("optim", ("warmup_tokens", "decay_tokens", "cooldown_tokens", "eps", "weight_decay", "clip")),
-        ("parallel", ("threads",)),
+        ("parallel", ("threads", "ranks_per_node")),
         ("checkpoint", ("every",)),
     ):
         for name in names:
@@ -207,22 +232,33 @@ def _check_counts(config: TrainConfig) -> None:
                 raise ValueError(f"{part}{'.' * bool(part)}{name} is {value}: give 0 or more")
 
 
-def _check_sizes(config: TrainConfig, world: int) -> None:
+def _check_sizes(config: TrainConfig, chosen: Layout) -> None:
     if config.total_steps < 1:
         raise ValueError("the run has no length: give --tokens or --steps")
     if config.seq_len > config.model.max_positions:
         raise ValueError(f"seq_len {config.seq_len} is over model.max_positions {config.model.max_positions}")
-    if config.batch_size % world:
-        near = max(world, config.batch_size // world * world)
+    if config.seq_len % chosen.tp:
         raise ValueError(
-            f"batch_size {config.batch_size} does not divide over {world} ranks: use {near}, or another world size"
+            f"seq_len {config.seq_len} does not divide over parallel.tp={chosen.tp}: "
+            f"{near(chosen.tp, divisors(config.seq_len))} for tp"
         )
-    share = config.batch_size // world
+    ranks = chosen.data_ranks
+    if config.batch_size % ranks:
+        use = max(ranks, config.batch_size // ranks * ranks)
+        raise ValueError(
+            f"batch_size {config.batch_size} does not divide over {ranks} {_data(chosen)}: use {use}, or another "
+            "world size"
+        )
+    share = config.batch_size // ranks
     if config.micro_batch < 0 or (config.micro_batch and share % config.micro_batch):
         raise ValueError(
             f"micro_batch {config.micro_batch} does not divide a rank's {share} sequences "
-            f"(batch_size {config.batch_size} over {world} ranks)"
+            f"(batch_size {config.batch_size} over {ranks} {_data(chosen)})"
         )
+
+
+def _data(chosen: Layout) -> str:
+    return "ranks" if chosen.tp == 1 else "data ranks"
 
 
 def _check_optim(optim: OptimConfig) -> None:

@@ -20,7 +20,7 @@ from ..moe.metrics import add, pack, unpack
 from ..parallel.collectives import all_reduce_sum
 from ..parallel.launch import Ranks
 from .checkpoint import Checkpointer, random_state, set_random_state, training_state
-from .clock import Clock, dispatch_clocks, peak_flops
+from .clock import Clock, dispatch_traffic, peak_flops
 from .config import TrainConfig, to_dict
 from .faults import StopRequest, first_bad_layer
 from .manifest import CheckpointError, Progress
@@ -82,7 +82,7 @@ class Trainer:
         self.flops_per_token = flops_per_token
         self.optimizer = build_optimizer(model, config.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.clock = Clock(ranks.device, dispatch_clocks(model))
+        self.clock = Clock(ranks.device, dispatch_traffic(model))
         self.checkpoints = Checkpointer(
             Path(config.run_dir) / "checkpoints",
             to_dict(config)["model"],
@@ -153,7 +153,7 @@ class Trainer:
             "mfu": self.flops_per_token * pace / peak,
             **router_row(totals.stats),
             "layers": [i for i, experts in enumerate(self.config.model.experts) if experts],
-            "time": self.clock.read(),
+            **self.clock.row(),
             "skipped": self.progress.skipped,
             "bad": not totals.finite,
         }
@@ -201,7 +201,8 @@ class Trainer:
         parts = [self.objective.counts(batch) for batch in batches]
         names = list(parts[0])
         local = torch.stack([sum((part[n].double() for part in parts), torch.zeros(())) for n in names])
-        return dict(zip(names, all_reduce_sum(local.to(self.ranks.device)).tolist(), strict=True))
+        whole = all_reduce_sum(local.to(self.ranks.device)) / self.config.parallel.tp  # its ranks have the same batch
+        return dict(zip(names, whole.tolist(), strict=True))
 
     def _accumulate(
         self, batches: list[Any], counts: dict[str, float]
@@ -271,7 +272,7 @@ class Trainer:
         self.model.train()
         self.clock.forget_all_to_all()
         total, count = all_reduce_sum(sums).tolist()
-        return total / max(count, 1)
+        return total / max(count / self.config.parallel.tp, 1)  # a tensor-parallel group's ranks count the same
 
     def resume(self) -> None:
         """Loads what the setting `checkpoint.resume` asks for.

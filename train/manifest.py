@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 PREFIX = "step_"
 # What a model may change between two starts without being another model.
 _FREE = {"init_std", "aux_weight", "aux_scope", "z_weight", "bias_update", "noise", "jitter_eps", "second_expert"}

@@ -117,6 +117,7 @@ class MetricsWriter:
 
 def _scalars(row: dict[str, Any]) -> dict[str, float]:
     flat = {f"time/{k}": v for k, v in row["time"].items()}
+    flat |= {f"sent/{k}": v for k, v in row.get("sent", {}).items()}
     names = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "aux", "z", "skipped")
     flat |= {f"train/{k}": row[k] for k in names if k in row}
     flat |= {f"router/{k}": v for k, v in row.get("router", {}).items()}

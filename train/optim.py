@@ -79,8 +79,8 @@ def local_square_sum(parameters: Iterable[nn.Parameter], world: int) -> Tensor:
     """This rank's part of the squared global gradient norm: summed over all `world` ranks it counts every logical
     parameter once. fp64 scalar on the gradients' device.
 
-    A shard belongs to one rank. What several ranks hold alike (plain tensors, Replicate on a mesh dimension) is
-    divided by the number of its copies. Each sharded parameter's mesh covers the whole world.
+    A shard belongs to one rank. What several ranks hold alike (plain tensors, Replicate on a mesh dimension, ranks
+    outside the mesh) is divided by the number of its copies.
     """
     parts: dict[int, list[Tensor]] = {}
     for parameter in parameters:

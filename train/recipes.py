@@ -155,7 +155,7 @@ def _paper(name: str) -> TrainConfig:
         model=model,
         data=DataConfig(train=("data/pile/train",), split="98,2,0"),
         optim=OptimConfig(lr=lr, min_lr=min_lr, warmup_tokens=375_000_000, decay_tokens=int(decay)),
-        parallel=ParallelConfig(ep=64 if model.experts else 1, dtype="bfloat16", recompute=True),
+        parallel=ParallelConfig(ep=64 if model.experts else 1, dtype="bfloat16", recompute="full"),
         checkpoint=CheckpointConfig(every=1000, keep=3),
     )
 

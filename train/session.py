@@ -19,7 +19,7 @@ from ..models.tokenizer import Tokenizer
 from ..models.weights import save_model
 from ..parallel.launch import Ranks, init_ranks
 from ..parallel.mesh import build_mesh
-from .config import TrainConfig, to_dict
+from .config import TrainConfig, exchanging, layout, to_dict
 from .data import Batch, batches, build_datasets
 from .environment import describe_environment
 from .loop import Summary, Trainer
@@ -45,13 +45,17 @@ def run(config: TrainConfig) -> Summary:
 def _run(config: TrainConfig, ranks: Ranks) -> Summary:
     _set_up_torch(config, ranks)
     data = Data(config, ranks)
-    mesh = build_mesh(ranks.device.type, ep=config.parallel.ep, tp=config.parallel.tp)
+    degrees = config.parallel
+    mesh = build_mesh(
+        ranks.device.type, dp_replicate=degrees.dp_replicate, tp=degrees.tp, ep=degrees.ep, etp=degrees.etp
+    )
     model = parallelize(
         GPT(config.model, device="meta"),
         mesh,
         dtype=getattr(torch, config.parallel.dtype),
         reshard=config.parallel.reshard,
         compile=config.parallel.compile,
+        exchanging=exchanging(config, data.micro * config.seq_len // degrees.tp),
     )
     model.init_weights(config.seed)
     model.recompute = config.parallel.recompute
@@ -108,11 +112,12 @@ def _describe(config: TrainConfig, ranks: Ranks) -> None:
 
 
 class Data:
-    """The token files of a config as this rank's micro-batches."""
+    """The token files of a config as this rank's micro-batches; the ranks of a tensor-parallel group get the same."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        share = config.batch_size // ranks.world
+        self.layout = layout(config, ranks.world)
+        share = config.batch_size // self.layout.data_ranks
         self.micro = config.micro_batch or share
         self.per_step = share // self.micro
         self.train_set, self.valid_set = build_datasets(
@@ -135,14 +140,14 @@ class Data:
         return islice(self._flow(self.valid_set, 0), self.config.eval_batches * self.per_step)
 
     def _flow(self, dataset: object, start: int) -> Iterator[Batch]:
-        config, ranks = self.config, self.ranks
+        config, ranks, layout = self.config, self.ranks, self.layout
         for batch in batches(
             dataset,
             start,
             config.batch_size,
             self.micro,
-            ranks.rank,
-            ranks.world,
+            ranks.rank // layout.tp,
+            layout.data_ranks,
             vocab_size=config.model.vocab_size,  # of large files, parts alone were looked at
         ):
             moved = [None if part is None else part.to(ranks.device, non_blocking=True) for part in batch]

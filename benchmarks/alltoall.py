@@ -1,0 +1,231 @@
+"""`coterie bench alltoall`: the exchanges side by side, over hosts that are pretended or network namespaces.
+
+Every rank has the same number of tokens and random choices; experts answer with what they get. One run is a forward
+and a backward pass. Coordinated: pairs of ranks hold the same tokens, twice as many, and each sends its half.
+"""
+
+# Shapes: T tokens of a rank, E experts, K choices, D model.
+
+from __future__ import annotations
+
+import argparse
+import json as jsonlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..moe.dispatch import AllToAllDispatch, Coordinated
+from ..moe.gate import Routing, Stats
+from ..parallel.all_to_all import Network
+from ..parallel.collectives import all_reduce_max
+from ..parallel.cost import Batch, choose_exchange
+from ..parallel.exchange import Flat
+from ..parallel.exchange_dedup import EXCHANGES, make_exchange
+from ..parallel.exchange_probe import measure_rates
+from ..parallel.exchange_replicas import Replicas
+from ..parallel.launch import init_ranks
+from .hosts import DEVICE, Hosts
+from .rows import Row, show, write
+from .timing import interleaved, median_and_spread
+
+BENCH = "alltoall"
+HOSTS = ((2, 2), (2, 4), (4, 2))  # nodes, ranks on each
+TOKENS = (64, 8192)  # of all ranks together
+DIM, EXPERTS, TOP_K = 512, 16, 4
+DELAY_MS, GBIT = 1.0, 1.0
+
+
+def main(
+    json: str | Path | None = None, quick: bool = False, netns: bool = False, limit_s: float = 1200
+) -> list[Row]:
+    """Measures all cases of this machine, shows the table, and writes the rows to `json`.
+
+    Args:
+        quick: the first hosts with the small batch alone, few repeats.
+        netns: hosts are network namespaces with links of 1 ms and 1 Gbit/s between them; needs root.
+        limit_s: seconds after which the ranks of one case are ended.
+    """
+    rows: list[Row] = []
+    for nodes, per_node in HOSTS[:1] if quick else HOSTS:
+        for found in _on_ranks(nodes, per_node, TOKENS[:1] if quick else TOKENS, 3 if quick else 11, netns, limit_s):
+            rows += _rows(found)
+        if json is not None:
+            write(rows, json)
+    show([row for row in rows if not row.metric.startswith("intra")])
+    return rows
+
+
+def _rows(found: dict[str, Any]) -> list[Row]:
+    """The tidy rows of one case."""
+    case, rows = found["case"], []
+    times = {name: median_and_spread(seconds) for name, seconds in found["seconds"].items()}
+    best = min(times[name][0] for name in EXCHANGES)
+    for name, (value, spread) in times.items():
+        rows.append(Row(BENCH, case, name, "step", value * 1e3, "ms", spread * 1e3, best * 1e3, best / value))
+        if name in found["predictions"]:
+            rows.append(Row(BENCH, case, name, "predicted", found["predictions"][name] * 1e3, "ms"))
+        for link, (messages, size) in found["sent"][name].items():
+            rows.append(Row(BENCH, case, name, f"{link}_messages", messages, "per rank"))
+            rows.append(Row(BENCH, case, name, f"{link}_bytes", size / 2**20, "MiB per rank"))
+    picked = found["picked"]
+    rows.append(
+        Row(BENCH, case, picked, "picked", times[picked][0] / best, "x best", None, 1.0, best / times[picked][0])
+    )
+    for kind, (latency, bandwidth, message) in found["rates"].items():
+        rows.append(Row(BENCH, case, kind, "latency", latency * 1e3, "ms"))
+        rows.append(Row(BENCH, case, kind, "per_message", message * 1e3, "ms"))
+        rows.append(Row(BENCH, case, kind, "bandwidth", bandwidth / 1e6, "MB/s"))
+    return rows
+
+
+def _on_ranks(
+    nodes: int, per_node: int, tokens: tuple[int, ...], repeats: int, netns: bool, limit_s: float
+) -> list[dict[str, Any]]:
+    """Starts the ranks, each on its host, and returns what rank 0 found."""
+    with Hosts(nodes, DELAY_MS, GBIT) if netns else nullcontext() as hosts, tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        where = "loopback" if hosts is None else f"{DELAY_MS:g} ms {GBIT:g} Gbit/s by {hosts.link}"
+        words = [sys.executable, "-m", "coterie.benchmarks.alltoall", "--worker", str(out), "--where", where]
+        words += ["--repeats", str(repeats), "--tokens", *map(str, tokens)]
+        common = {"WORLD_SIZE": str(nodes * per_node), "LOCAL_WORLD_SIZE": str(per_node), "OMP_NUM_THREADS": "1"}
+        common |= {"MASTER_ADDR": "127.0.0.1" if hosts is None else hosts.address(0), "MASTER_PORT": str(_port())}
+        if hosts is not None:
+            common["GLOO_SOCKET_IFNAME"] = DEVICE
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(nodes * per_node):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank % per_node)}
+                command = words if hosts is None else hosts.command(rank // per_node, words)
+                ranks.append(subprocess.Popen(command, env=os.environ | common | place))
+            _wait_for(ranks, limit_s)
+        finally:
+            for one in ranks:
+                one.kill()
+                one.wait()
+        return jsonlib.loads(out.read_text())
+
+
+def _wait_for(ranks: list[subprocess.Popen[bytes]], limit_s: float) -> None:
+    end = time.monotonic() + limit_s
+    while any(one.poll() is None for one in ranks):
+        failed = [rank for rank, one in enumerate(ranks) if one.poll()]
+        if failed or time.monotonic() > end:
+            why = f"rank {failed[0]} failed" if failed else f"the ranks took over {limit_s:.0f} s"
+            raise ValueError(f"bench alltoall: {why}")
+        time.sleep(0.1)
+    if any(one.returncode for one in ranks):
+        raise ValueError("bench alltoall: a rank failed")
+
+
+def _port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def worker(out: Path, where: str, tokens: list[int], repeats: int) -> None:
+    """One rank: measures the links, then every exchange for every batch. Rank 0 writes."""
+    ranks = init_ranks("cpu")
+    torch.set_num_threads(1)
+    group = dist.group.WORLD
+    assert group is not None
+    network = Network(group)
+    rates, found = measure_rates(network), []
+    nodes = network.grid()
+    runs = _dispatches(network)
+    for total in tokens:
+        each = total // ranks.world
+        steps = {name: _step(dispatch, each, ranks.rank) for name, dispatch in runs.items()}
+        seconds = interleaved(steps, repeats)
+        slowest = all_reduce_max(torch.tensor(list(seconds.values()), dtype=torch.float64)).tolist()
+        choice = choose_exchange(Batch(each, DIM, TOP_K, EXPERTS), nodes, rates)
+        found.append(
+            {
+                "case": f"{nodes.nodes}x{nodes.per_node} hosts, {total} tokens, {where}",
+                "seconds": dict(zip(seconds, slowest, strict=True)),
+                "sent": {name: _sent(runs[name], step) for name, step in steps.items()},
+                "predictions": choice.predictions,
+                "picked": choice.name,
+                "rates": rates,
+            }
+        )
+    if ranks.first:
+        out.write_text(jsonlib.dumps(found))
+    ranks.shutdown()
+
+
+def _dispatches(network: Network) -> dict[str, AllToAllDispatch | Coordinated]:
+    found: dict[str, AllToAllDispatch | Coordinated] = {
+        name: AllToAllDispatch(network.group, EXPERTS, exchange=make_exchange(name, network)) for name in EXCHANGES
+    }
+    rank, world = network.group.rank(), network.group.size()
+    # Pairs of neighbours hold the same tokens; the ranks of a place among the pairs share the experts out.
+    pair, place = _group(range(rank - rank % 2, rank - rank % 2 + 2)), _group(range(rank % 2, world, 2))
+    dispatch = AllToAllDispatch(place, EXPERTS, exchange=Flat(Network(place)))
+    return found | {"coordinated": Coordinated(dispatch, Replicas(pair, dispatch.traffic))}
+
+
+def _group(ranks: range) -> dist.ProcessGroup:
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _step(dispatch: AllToAllDispatch | Coordinated, tokens: int, rank: int) -> Callable[[], None]:
+    """One forward and one backward pass of experts that answer with what they get."""
+    pairs = isinstance(dispatch, Coordinated)
+    generator = torch.Generator().manual_seed(rank // 2 if pairs else rank)
+    tokens = tokens * 2 if pairs else tokens
+    ids_TK = torch.rand(tokens, EXPERTS, generator=generator).topk(TOP_K).indices
+    x_TD = torch.randn(tokens, DIM, generator=generator).requires_grad_()
+    dy_TD, none = torch.randn(tokens, DIM, generator=generator), torch.zeros(())
+    counts_E = ids_TK.flatten().bincount(minlength=EXPERTS)
+    weights_TK = torch.full((tokens, TOP_K), 1 / TOP_K)
+    routing = Routing(ids_TK, ids_TK, weights_TK, none, none, Stats(counts_E, counts_E, none, none, none))
+
+    def run() -> None:
+        dispatch(x_TD, routing, _echo).backward(dy_TD)
+        x_TD.grad = None
+
+    return run
+
+
+def _echo(x_QD: Tensor, *_: object) -> Tensor:
+    return x_QD * 1
+
+
+def _sent(dispatch: AllToAllDispatch | Coordinated, step: Callable[[], None]) -> dict[str, list[float]]:
+    """Messages and bytes of one run on the rank that sends most, by kind of link."""
+    traffic = (dispatch.dispatch if isinstance(dispatch, Coordinated) else dispatch).traffic
+    traffic.read()
+    step()
+    sent = traffic.read()
+    most = all_reduce_max(torch.tensor([list(s) for s in sent.values()], dtype=torch.float64))
+    return dict(zip(sent, most.tolist(), strict=True))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Time the exchanges of expert parallelism side by side.")
+    parser.add_argument("--json", type=Path, help="write the tidy rows here")
+    parser.add_argument("--quick", action="store_true", help="one case, few repeats")
+    parser.add_argument("--netns", action="store_true", help="hosts are network namespaces; needs root")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--where", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=1, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        worker(arguments.worker, arguments.where, arguments.tokens, arguments.repeats)
+    else:
+        main(arguments.json, arguments.quick, arguments.netns)

@@ -1,0 +1,130 @@
+"""What the whole decoder means in training: fp64 and plain loops over heads and tokens, one process, no ranks.
+
+A capacity counts the tokens of one rank, so the oracle is told which tokens each rank holds.
+"""
+
+# Shapes: B batch, S sequence, T = B * S tokens, D model, d head width.
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import oracle
+import torch
+from torch import Tensor
+
+from coterie.models.config import ModelConfig
+
+
+class Losses(NamedTuple):
+    """Sums over the whole batch."""
+
+    lm: Tensor
+    aux: Tensor
+    z: Tensor
+
+
+def losses(
+    p: dict[str, Tensor],
+    config: ModelConfig,
+    tokens_BS: Tensor,
+    targets_BS: Tensor,
+    valid_BS: Tensor,
+    ranks: list[list[int]] | None = None,
+) -> Losses:
+    """`p`: named as the parameters of `GPT`, fp64. `ranks`: the tokens b * S + s that each rank holds, in its order;
+    None: one rank holds all."""
+    B, S = tokens_BS.shape
+    ranks = ranks or [list(range(B * S))]
+    aux = z = torch.zeros((), dtype=torch.float64)
+    x_BSD = p["embed.weight"][tokens_BS]
+    if config.positions == "learned":
+        x_BSD = x_BSD + p["positions.weight"][:S]
+    for layer in range(config.layers):
+        own = {name.split(".", 2)[2]: value for name, value in p.items() if name.startswith(f"blocks.{layer}.")}
+        h_BSD = _norm(own, "attention_norm", x_BSD, config)
+        x_BSD = x_BSD + torch.stack([_attention(own, h_SD, config) for h_SD in h_BSD])
+        h_TD = _norm(own, "mlp_norm", x_BSD, config).flatten(0, 1)
+        if config.experts_of(layer):
+            y_TD, layer_aux, layer_z = _moe(own, h_TD, config, valid_BS, ranks)
+            aux, z = aux + layer_aux, z + layer_z
+        else:
+            mlp = [own.get(f"mlp.{name}") for name in ("w_in", "w_out", "b_in", "b_out")]
+            y_TD = torch.stack([oracle.feed_forward(h_D, *mlp, config.activation) for h_D in h_TD])  # type: ignore[arg-type]
+        x_BSD = x_BSD + y_TD.view_as(x_BSD)
+    head_VD = p["embed.weight"] if config.tied_head else p["head.weight"]
+    logits_TV = (_norm(p, "final_norm", x_BSD, config) @ head_VD.T).flatten(0, 1)
+    rows = [(t, y) for t, y in enumerate(targets_BS.flatten().tolist()) if y >= 0]
+    lm = sum((logits_TV[t].exp().sum().log() - logits_TV[t, y] for t, y in rows), aux * 0)
+    return Losses(lm, aux, z)
+
+
+def _norm(p: dict[str, Tensor], name: str, x: Tensor, config: ModelConfig) -> Tensor:
+    if config.norm == "layernorm" and f"{name}.bias" in p:
+        x = x - x.mean(-1, keepdim=True)
+    x = x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+    return x * p[f"{name}.weight"] + p.get(f"{name}.bias", 0)
+
+
+def _attention(p: dict[str, Tensor], x_SD: Tensor, config: ModelConfig) -> Tensor:
+    """Head by head: softmax(q k / sqrt(d)) v over the positions up to each."""
+    S, width, shared = len(x_SD), config.width_per_head, config.heads // config.num_kv_heads
+    later = torch.ones(S, S, dtype=torch.bool).triu(1)
+    answers = []
+    for head in range(config.heads):
+        group = head // shared
+        q_Sd = x_SD @ p["attention.q.weight"][head].T + _bias(p, "attention.q.bias", head)
+        k_Sd = x_SD @ p["attention.kv.weight"][0, group].T + _bias(p, "attention.kv.bias", 0, group)
+        v_Sd = x_SD @ p["attention.kv.weight"][1, group].T + _bias(p, "attention.kv.bias", 1, group)
+        if config.qk_norm:
+            q_Sd, k_Sd = (_norm(p, f"attention.{n}_norm", x, config) for n, x in (("q", q_Sd), ("k", k_Sd)))
+        if config.positions == "rotary":
+            q_Sd, k_Sd = _rotate(q_Sd, config), _rotate(k_Sd, config)
+        scores_SS = (q_Sd @ k_Sd.T / math.sqrt(width)).masked_fill(later, -math.inf)
+        answers.append(scores_SS.softmax(-1) @ v_Sd)
+    return torch.cat(answers, 1) @ p["attention.out.weight"].T + p.get("attention.out_bias", 0)
+
+
+def _bias(p: dict[str, Tensor], name: str, *place: int) -> Tensor | int:
+    return p[name][place] if name in p else 0
+
+
+def _rotate(x_Sd: Tensor, config: ModelConfig) -> Tensor:
+    """Pairs (i, i + d / 2) turned by s * theta^(-2 i / d) (arXiv 2104.09864, the half-split order)."""
+    S, width = x_Sd.shape
+    half = width // 2
+    rates = torch.tensor([config.rope_theta ** (-2 * i / width) for i in range(half)], dtype=torch.float64)
+    angles_Sh = torch.arange(S, dtype=torch.float64)[:, None] * rates
+    a, b = x_Sd[:, :half], x_Sd[:, half:]
+    return torch.cat([a * angles_Sh.cos() - b * angles_Sh.sin(), b * angles_Sh.cos() + a * angles_Sh.sin()], 1)
+
+
+def _moe(
+    p: dict[str, Tensor], x_TD: Tensor, config: ModelConfig, valid_BS: Tensor, ranks: list[list[int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each rank routes and drops its own tokens; the global loss counts the assignments of all."""
+    moe = replace(config.moe, hidden=config.expert_hidden)
+    own = {name.removeprefix("moe."): value for name, value in p.items()}
+    valid = valid_BS.flatten().tolist()
+
+    def route(tokens: list[int], counts: list[int] | None) -> oracle.Route:
+        return oracle.route(
+            x_TD[tokens],
+            own["gate.weight"],
+            moe.top_k,
+            moe.gate,
+            valid=[valid[t] for t in tokens],
+            sequence_length=valid_BS.shape[1],
+            counts=counts,
+        )
+
+    asked = [sum(column) for column in zip(*(route(tokens, None).asked for tokens in ranks), strict=True)]
+    y_TD = torch.zeros_like(x_TD)
+    aux = z = torch.zeros((), dtype=torch.float64)
+    for tokens in ranks:
+        routed = route(tokens, asked if moe.gate.aux_scope == "global" else None)
+        y_TD = y_TD.index_add(0, torch.tensor(tokens), oracle.layer(own, x_TD[tokens], routed, moe))
+        aux, z = aux + routed.aux, z + routed.z
+    return y_TD, aux, z
