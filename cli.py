@@ -148,13 +148,13 @@ def report(runs: Text[list[Path]]) -> None:
 
 
 def bench(
-    what: Text[Literal["layer", "train", "alltoall", "layouts"]],
+    what: Text[Literal["layer", "train", "alltoall", "layouts", "plan"]],
     json: Path | None = None,
     quick: bool = False,
     netns: bool = False,
 ) -> None:
     """Measure side by side: one MoE layer, or a full training step, against peers and the machine's limit; or the
-    exchanges of expert parallelism; or a training step under several layouts.
+    exchanges of expert parallelism; or a training step under several layouts; or the planner against such steps.
 
     Args:
         what: Which benchmark.
@@ -173,6 +173,8 @@ def bench(
         from .benchmarks.layer import main as run
     elif what == "layouts":
         from .benchmarks.layouts import main as run
+    elif what == "plan":
+        from .benchmarks.plan import main as run
     else:
         from .benchmarks.train import main as run
     run(json=json, quick=quick)

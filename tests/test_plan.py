@@ -9,9 +9,10 @@ pytest.importorskip("tyro", reason="the command needs tyro")
 from plans import H200
 
 from coterie import cli
+from coterie.models.fit import sizes
 from coterie.parallel.layout import Layout, divisors
 from coterie.train.machines import GIB, MACHINES
-from coterie.train.plan import DEGREES, candidates, plan, row_of, sizes_of
+from coterie.train.plan import DEGREES, candidates, plan, row_of
 from coterie.train.plan_table import tidy, torchrun_line
 from coterie.train.pretrain import parse
 from coterie.train.recipes import RECIPES
@@ -33,7 +34,7 @@ def test_candidates_are_every_factorisation() -> None:
 def test_a_plan_accounts_for_every_layout() -> None:
     config = RECIPES["350m_prmoe"]()
     found = plan(config, 16, MACHINES["a100-40"], 8)
-    number = len(list(candidates(16, sizes_of(config.model).experts, {})))
+    number = len(list(candidates(16, sizes(config.model).experts, {})))
     assert len(found.rows) + found.undivided.total() + found.too_large.total() == number
     totals = [row.step.total for row in found.rows]
     assert totals == sorted(totals)

@@ -86,7 +86,7 @@ def test_a_steps_collectives_are_counted_one_by_one() -> None:
     payload = 32 * MODERN.moe.top_k * MODERN.dim * 2
     assert sent.exchange.sent == pytest.approx(2 * 3 / 4 * (2 * 4 * payload + 8 * (4 + 8)))
     assert sent.exchange.inter == 0
-    again = traffic(MODERN, layout, run._replace(recompute=True), H200, 4)
+    again = traffic(MODERN, layout, run._replace(recompute="full"), H200, 4)
     assert again.exchange.calls == 2 * 2 * 8
     every = traffic(MODERN, layout, run._replace(sync_every_micro=True), H200, 4)
     assert every.reduce.sent == 2 * sent.reduce.sent

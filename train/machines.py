@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+
+from ..parallel.cost import Rate
 
 GIB = 2**30
-
-
-class Rate(NamedTuple):
-    """One kind of link, all ranks using it at once."""
-
-    latency: float
-    """Seconds of any collective before its first byte."""
-    bandwidth: float
-    """Bytes per second that one rank sends, while it receives as many."""
-    message: float = 0.0
-    """Seconds of each message on top of that, which do not overlap."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class Machine:
     inter: Rate
     """Links to other nodes."""
     cores: int = 0
-    """Cores of a node that its ranks share, the figures above being those of one core; 0: each rank has its own GPU."""
+    """Cores of a node that its ranks share, the figures above being one core's; 0: each rank has its own GPU."""
     usable: float = 0.9
     """Share of the memory that a plan may fill: the rest is for CUDA's context, NCCL's buffers and fragments."""
 

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ..models.config import ModelConfig
+from ..models.fit import sizes
 from ..models.params import count_params, flops_per_token
-from ..parallel.layout import Layout, Sizes, divisors, near
+from ..parallel.layout import Layout, divisors, near
 from .config import TrainConfig
 from .machines import Machine
 from .plan_memory import Memory, Run, memory
@@ -55,14 +55,6 @@ class Plan(NamedTuple):
     too_large: Counter[str]
     smallest: Row | None
     """Of those that divide, the one that needs the least memory."""
-
-
-def sizes_of(config: ModelConfig) -> Sizes:
-    """What `parallel.layout` asks of a model."""
-    experts = tuple(sorted(set(config.experts) - {0}))
-    hidden = config.expert_hidden if experts else 1
-    dense = config.hidden if not config.experts or 0 in config.experts else 0  # 0: any tp divides it
-    return Sizes(config.heads, config.num_kv_heads, dense, config.vocab_size, experts, hidden)
 
 
 def candidates(world: int, experts: Sequence[int], given: dict[str, int]) -> Iterator[Layout]:
@@ -117,7 +109,7 @@ def step_time(config: TrainConfig, layout: Layout, run: Run, sent: Traffic, shar
     """
     model = config.model
     tokens = config.step_tokens / layout.world
-    passes = 4 / 3 if run.recompute else 1
+    passes = 4 / 3 if run.recompute == "full" else 1
     routed = experts = 0.0
     count = count_params(model)
     if count.experts:
@@ -164,12 +156,12 @@ def plan(config: TrainConfig, gpus: int, on: Machine, node: int, given: dict[str
     if gpus % node and gpus > node:
         below = gpus // node * node
         raise ValueError(f"--gpus {gpus} is not a multiple of --node {node}: use {below} or {below + node}")
-    sizes = sizes_of(config.model)
+    wanted = sizes(config.model)
     found, undivided, too_large, smallest = [], Counter[str](), Counter[str](), None
     limit = on.usable * on.shared(min(node, gpus)).memory
-    for layout in candidates(gpus, sizes.experts, given or {}):
+    for layout in candidates(gpus, wanted.experts, given or {}):
         try:
-            problem = next(layout.problems(sizes), None)
+            problem = next(layout.problems(wanted), None)
             if problem:
                 raise ValueError(problem)
             row = row_of(config, layout, on, node)

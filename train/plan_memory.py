@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..models.config import ModelConfig
+from ..models.gpt import Recompute
 from ..parallel.layout import Layout
 from .plan_shards import Group, groups
 
@@ -24,7 +25,7 @@ class Run(NamedTuple):
     """Forward passes of an optimizer step."""
     work: int
     """Bytes of a number in products."""
-    recompute: bool = False
+    recompute: Recompute = "none"
     reshard: bool = True
     sync_every_micro: bool = False
     cpu: bool = False
@@ -68,11 +69,11 @@ def saved_outside(config: ModelConfig, layout: Layout, run: Run) -> int:
     return 8 * tokens + norm + (tokens + vocab) * config.dim * run.work
 
 
-def saved_by_layer(config: ModelConfig, layout: Layout, layer: int, run: Run) -> int:
-    """Bytes that one block keeps for the backward pass of a micro-batch.
+def saved_by_layer(config: ModelConfig, layout: Layout, layer: int, run: Run) -> tuple[int, int]:
+    """Bytes that one block keeps for the backward pass of a micro-batch: its attention half, its feed-forward half.
 
     Attention: the block's input, the (gathered) normalised input of the projections, the projections, rotated queries
-    and keys, its answer, and the softmax's fp32 sums. Then the second norm's input, and the feed-forward part.
+    and keys, its answer, the softmax's fp32 sums, and the second norm's input.
     """
     D, work, tp = config.dim, run.work, layout.tp
     H, G, d = config.heads, config.num_kv_heads, config.width_per_head
@@ -83,10 +84,10 @@ def saved_by_layer(config: ModelConfig, layout: Layout, layer: int, run: Run) ->
         per_token += (H + G) * d * work / tp
     per_token += 4 * (H + G) / tp if config.qk_norm else 0
     if config.experts_of(layer):
-        per_token += (D * work + _moe(config, layout, layer, run)) / tp
+        feed = (D * work + _moe(config, layout, layer, run)) / tp
     else:
-        per_token += D * work + _mlp(config.hidden, config.activation, run) / tp
-    return math.ceil(run.tokens * per_token)
+        feed = D * work + _mlp(config.hidden, config.activation, run) / tp
+    return math.ceil(run.tokens * per_token), math.ceil(run.tokens * feed)
 
 
 def _width(hidden: int, activation: str) -> int:
@@ -125,13 +126,15 @@ def _moe(config: ModelConfig, layout: Layout, layer: int, run: Run) -> float:
 
 def activations(config: ModelConfig, layout: Layout, run: Run, layer: int) -> tuple[int, int]:
     """(bytes that a block leaves behind in the forward pass, bytes of it at its own backward pass)."""
-    block = saved_by_layer(config, layout, layer, run)
-    if not run.recompute:
-        return block, block
+    attention, feed = saved_by_layer(config, layout, layer, run)
     tokens = run.tokens // layout.tp
-    choices = 8 * config.moe.top_k * tokens if config.experts_of(layer) else 0
-    left = tokens * config.dim * run.work + choices
-    return left, left + block
+    entry = tokens * config.dim * run.work
+    left = {
+        "none": attention + feed,
+        "selective": entry + feed,
+        "full": entry + (8 * config.moe.top_k * tokens if config.experts_of(layer) else 0),
+    }[run.recompute]
+    return left, {"none": left, "selective": left + attention, "full": left + attention + feed}[run.recompute]
 
 
 def _scratch(config: ModelConfig, layout: Layout, layer: int, run: Run) -> int:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..models.gpt import Recompute
 from ..models.params import count_params, flops_per_token
 from .config import TrainConfig
 from .machines import GIB, Machine, machine
@@ -50,12 +51,9 @@ def main(
     print(_reasons("do not divide", found.undivided))
     print(_reasons("need more memory, most of it", found.too_large))
     best = found.rows[0]
-    other = memory(config.model, best.layout, best.run._replace(recompute=not best.run.recompute))
-    names = ("with", "without") if best.run.recompute else ("without", "with")
-    print(
-        f"the first needs {best.memory.peak / GIB:.2f} GiB {names[0]} recomputation, "
-        f"{other.peak / GIB:.2f} GiB {names[1]}"
-    )
+    kinds: tuple[Recompute, ...] = ("none", "selective", "full")
+    peaks = {k: memory(config.model, best.layout, best.run._replace(recompute=k)).peak / GIB for k in kinds}
+    print("GiB of the first, by recompute: " + ", ".join(f"{peak:.2f} {kind}" for kind, peak in peaks.items()))
     print(torchrun_line(recipe, best, node, rest))
 
 

@@ -1,20 +1,21 @@
 """What a layout sends in one optimizer step, and how long it takes, by formula: bytes and messages of one rank.
 
 Bytes are those that a rank sends; it receives as many. Collectives are rings (n - 1 messages, NCCL's for all-gather
-and reduce-scatter); the all-to-all is flat (one message to each other rank). Routing is taken as uniform.
+and reduce-scatter). Routing is taken as uniform.
 
 D model, K choices.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import astuple, dataclass
 from functools import cache
 from typing import NamedTuple
 
 from ..models.config import ModelConfig
+from ..parallel.cost import Batch, choose_exchange, expect, phases, sent
 from ..parallel.layout import Layout
+from ..parallel.traffic import Nodes
 from .machines import Machine
 from .plan_memory import Run, layers
 from .plan_shards import Group, groups
@@ -26,8 +27,6 @@ class Span(NamedTuple):
     ranks: int
     nodes: int
     """Nodes that a group touches."""
-    remote: float
-    """Share of a group that a rank finds on other nodes, averaged over its ranks."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,11 @@ class Traffic(NamedTuple):
 @cache
 def span(world: int, ranks: int, stride: int, node: int) -> Span:
     """The groups {first, first + stride, ...} of `ranks` ranks, when a node holds `node` consecutive ones."""
-    nodes, remote = 1, 0.0
+    nodes = 1
     for start in range(0, world, ranks * stride):
         for first in range(start, start + stride):
-            here = Counter(rank // node for rank in range(first, first + ranks * stride, stride))
-            nodes = max(nodes, len(here))
-            remote = max(remote, 1 - sum(n * n for n in here.values()) / ranks**2)
-    return Span(ranks, nodes, remote)
+            nodes = max(nodes, len({rank // node for rank in range(first, first + ranks * stride, stride)}))
+    return Span(ranks, nodes)
 
 
 def ring(where: Span, shard: float, machine: Machine, *, rounds: int = 1) -> Flow:
@@ -94,17 +91,20 @@ def ring(where: Span, shard: float, machine: Machine, *, rounds: int = 1) -> Flo
     return Flow(1, messages, sent, inter, latency + rounds * hops + slowest)
 
 
-def all_to_all(where: Span, payload: float, machine: Machine) -> Flow:
-    """`payload` bytes of every rank, spread evenly over the group: the share to itself is not sent."""
-    n = where.ranks
-    if n == 1:
+@cache
+def exchange(where: Span, batch: Batch, machine: Machine, backward: bool = True) -> Flow:
+    """One MoE layer's exchange of rows, by `parallel.cost`: the fastest, as a run with exchange=auto takes it. Ranks
+    that do not share their nodes evenly are taken to have one each."""
+    if where.ranks == 1:
         return Flow()
-    inter, sent = payload * where.remote, payload * (n - 1) / n
-    far = where.remote * n
-    parts = ((machine.intra, n - 1 - far, sent - inter), (machine.inter, far, inter))
-    seconds = max(link.latency for link, messages, _ in parts if messages)
-    seconds += sum(messages * link.message + size / link.bandwidth for link, messages, size in parts)
-    return Flow(1, n - 1, sent, inter, seconds)
+    even = where.ranks % where.nodes == 0
+    nodes = Nodes(where.nodes, where.ranks // where.nodes) if even else Nodes(where.ranks, 1)
+    rates = {"intra": machine.intra, "inter": machine.inter}
+    choice = choose_exchange(batch, nodes, rates, backward=backward)
+    matrices = phases(choice.name, expect(batch, nodes), nodes, batch, backward)
+    moved = sent(matrices, nodes, 0)
+    messages, size = (sum(moved[kind][field] for kind in ("intra", "inter")) for field in (0, 1))
+    return Flow(len(matrices), messages, size, moved["inter"].bytes, choice.predictions[choice.name])
 
 
 def traffic(config: ModelConfig, layout: Layout, run: Run, machine: Machine, node: int) -> Traffic:
@@ -141,23 +141,23 @@ def _tensor(config: ModelConfig, layout: Layout, run: Run, machine: Machine, nod
     where = span(layout.world, layout.tp, 1, node)
     slice_bytes = run.tokens // layout.tp * config.dim * run.work
     dense = sum(config.experts_of(layer) == 0 for layer in range(config.layers))
-    again = 2 * config.layers + dense if run.recompute else 0
+    again = {"none": 0, "selective": 2 * config.layers, "full": 2 * config.layers + dense}[run.recompute]
     calls = 4 * (config.layers + dense) + again + 4
     loss = ring(where, 4 * run.tokens / layout.tp, machine, rounds=2).times(3)
     return (ring(where, slice_bytes, machine).times(calls) + loss).times(run.micros)
 
 
 def _experts(config: ModelConfig, layout: Layout, experts: int, run: Run, machine: Machine, node: int) -> Flow:
-    """One MoE layer: rows go and come back, forward and backward, and the counts (int64) go once; a repeated forward
-    pass does its part again. Under etp every slice of an expert gets its rows: those that came are gathered over
-    the slices, and what the slices made is summed and scattered.
+    """One MoE layer, forward and backward; a repeated forward pass does its part again. Under etp every slice of an
+    expert gets its rows: those that came are gathered over the slices, and what the slices made is summed and
+    scattered.
     """
-    spread = layout.experts(experts)
-    rows = run.tokens // layout.tp * config.moe.top_k
-    payload = rows * config.dim * run.work
-    passes = 2 if run.recompute else 1
+    spread, K = layout.experts(experts), config.moe.top_k
+    tokens, again = run.tokens // layout.tp, run.recompute == "full"
+    batch = Batch(tokens, config.dim, K, experts, run.work)
     where = span(layout.world, spread.ep, spread.etp, node)
-    counts = all_to_all(where, 8 * experts, machine).times(passes)
-    moved = all_to_all(where, payload, machine).times(2 * passes + 2) + counts
+    moved = exchange(where, batch, machine)
+    moved += exchange(where, batch, machine, backward=False) if again else Flow()
     slices = span(layout.world, spread.etp, 1, node)
-    return (moved + ring(slices, payload, machine).times(2 * passes + 2)).times(run.micros)
+    calls = 6 if again else 4
+    return (moved + ring(slices, tokens * K * config.dim * run.work, machine).times(calls)).times(run.micros)

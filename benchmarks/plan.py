@@ -1,0 +1,268 @@
+"""`coterie bench plan`: what the planner predicts beside what training steps on this machine's ranks need.
+
+This machine is measured first: products and copies of one core, links between two ranks, and, on the first case alone,
+how much of the product rate a training step reaches. Peaks are those of torch's allocator, bytes those of a census of
+all collectives; both repeat exactly. Seconds are medians. Ranks beyond the cores share them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+from ..kernels import cpu_gemm
+from ..models.config import ModelConfig
+from ..models.gpt import GPT
+from ..models.parallelize import parallelize
+from ..moe.config import MoEConfig
+from ..parallel.all_to_all import Network
+from ..parallel.census import Census
+from ..parallel.cost import Rate
+from ..parallel.exchange_probe import measure_rates
+from ..parallel.launch import Ranks, keep_freed_memory
+from ..parallel.mesh import build_mesh
+from ..train.clock import peak_flops
+from ..train.config import ParallelConfig, TrainConfig, exchanging, layout
+from ..train.data import Batch
+from ..train.loop import Trainer
+from ..train.machines import MACHINES, Machine
+from ..train.objective import LanguageModelling
+from ..train.plan import Row as Planned
+from ..train.plan import row_of
+from .pool import Pool
+from .rows import Row, show, write
+from .timing import median_and_spread
+
+BENCH = "plan"
+_DENSE = ModelConfig(vocab_size=2048, max_positions=128, layers=4, dim=256, heads=4, hidden=768)
+_MOE = replace(_DENSE, experts=(0, 8, 0, 8), moe=MoEConfig(top_k=2, hidden=384))
+_PR_MOE = replace(_DENSE, experts=(0, 4, 0, 8), moe=MoEConfig(top_k=1, hidden=384, residual=True))
+
+
+class Case(NamedTuple):
+    """One run; the global batch is the same for all."""
+
+    name: str
+    world: int
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    micro_batch: int = 0
+
+    @property
+    def config(self) -> TrainConfig:
+        return TrainConfig(
+            seq_len=128, batch_size=16, micro_batch=self.micro_batch, model=self.model, parallel=self.parallel
+        )
+
+
+CASES = (
+    Case("dense, 1 rank", 1, _DENSE),
+    Case("MoE, 1 rank", 1, _MOE),
+    Case("MoE in bf16, 1 rank", 1, _MOE, ParallelConfig(dtype="bfloat16")),
+    Case("residual, 1 rank", 1, _PR_MOE),
+    Case("MoE with full recompute, 1 rank", 1, _MOE, ParallelConfig(recompute="full")),
+    Case("dense, FSDP 2", 2, _DENSE),
+    Case("MoE, FSDP 2", 2, _MOE),
+    Case("MoE, FSDP 2, 2 micro-batches", 2, _MOE, ParallelConfig(), 4),
+    Case("MoE, EP 2", 2, _MOE, ParallelConfig(ep=2)),
+    Case("MoE in bf16, EP 2", 2, _MOE, ParallelConfig(ep=2, dtype="bfloat16")),
+    Case("residual, EP 2", 2, _PR_MOE, ParallelConfig(ep=2)),
+    Case("MoE with selective recompute, EP 2", 2, _MOE, ParallelConfig(ep=2, recompute="selective")),
+    Case("MoE, TP 2, EP 2", 2, _MOE, ParallelConfig(tp=2, ep=2)),
+    Case("MoE, ETP 2", 2, _MOE, ParallelConfig(etp=2)),
+    Case("MoE, EP 4", 4, _MOE, ParallelConfig(ep=4)),
+    Case("MoE, TP 2, EP 4", 4, _MOE, ParallelConfig(tp=2, ep=4)),
+    Case("pyramid with residual, EP 8", 8, _PR_MOE, ParallelConfig(ep=8)),
+    Case("MoE, HSDP 2 x 4, EP 4", 8, _MOE, ParallelConfig(dp_replicate=2, ep=4)),
+)
+
+
+def main(json: str | Path | None = None, quick: bool = False) -> list[Row]:
+    """Measures all cases, shows the table, and writes the rows to `json`.
+
+    Args:
+        quick: fewer repeats.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    rows: list[Row] = []
+    on: Machine | None = None
+    for world in sorted({case.world for case in CASES}):
+        pool = Pool(world, max(1, cores // world))
+        try:
+            for case in (case for case in CASES if case.world == world):
+                found = pool.run(measure, tuple(case), 3 if quick else 9)
+                on = on or calibrate(measure_machine(cores), case, found)
+                rows += compare(case, found, on)
+                if json is not None:
+                    write(rows, json)
+        finally:
+            pool.close()
+    show(rows)
+    for metric in ("peak error", "bytes error", "step error"):
+        errors = [abs(row.value) for row in rows if row.metric == metric]
+        print(f"{metric}: median {statistics.median(errors):.1f}%, largest {max(errors):.1f}%")
+    return rows
+
+
+def measure_machine(cores: int) -> Machine:
+    """This machine's figures for one core, while two are at work; `fraction` is not known yet and is 1."""
+    pool = Pool(2)
+    try:
+        fp32, bf16, copied = pool.run(_probe)[0]
+        link = Rate(*pool.run(_probe_links)[0])
+    finally:
+        pool.close()
+    rates: dict[str, Any] = {"fp32": fp32, "bf16": bf16, "memory_rate": copied, "intra": link, "inter": link}
+    return replace(MACHINES["cpu"], fraction=1.0, cores=cores, **rates)
+
+
+def calibrate(on: Machine, case: Case, found: Sequence[dict[str, Any]]) -> Machine:
+    """The machine with the fraction that makes this case's prediction true."""
+    step = _planned(case, on).step
+    taken = statistics.median(max(times) for times in zip(*(rank["seconds"] for rank in found), strict=True))
+    return replace(on, fraction=step.compute / max(taken - step.total + step.compute, 1e-9))
+
+
+def _planned(case: Case, on: Machine) -> Planned:
+    return row_of(case.config, layout(case.config, case.world), on, case.world)
+
+
+def compare(case: Case, found: Sequence[dict[str, Any]], on: Machine) -> list[Row]:
+    """Rows of one case: predicted and measured peak and bytes of the fullest rank, and seconds of the slowest."""
+    planned = _planned(case, on)
+    sent = planned.traffic
+    steps = [max(times) for times in zip(*(rank["seconds"] for rank in found), strict=True)]
+    seconds, spread = median_and_spread(steps)
+    pairs = {
+        "peak": (planned.memory.peak / 2**20, max(rank["peak"] for rank in found) / 2**20, "MiB", None),
+        "bytes": (
+            sum(flow.sent for flow in sent) / 2**20,
+            statistics.mean(rank["sent"] for rank in found) / 2**20,
+            "MiB",
+            None,
+        ),
+        "step": (planned.step.total * 1e3, seconds * 1e3, "ms", spread * 1e3),
+    }
+    rows = []
+    for metric, (predicted, measured, unit, around) in pairs.items():
+        if measured:
+            rows.append(Row(BENCH, case.name, "run", metric, measured, unit, around))
+            rows.append(Row(BENCH, case.name, "plan", metric, predicted, unit))
+            rows.append(Row(BENCH, case.name, "plan", f"{metric} error", 100 * (predicted / measured - 1), "%"))
+    return rows
+
+
+def _probe(rank: int, world: int) -> list[float]:
+    """Operations per second in fp32 and bf16, bytes per second of a copy, while the other rank does the same."""
+    rates = [peak_flops(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    source, target = torch.ones(1 << 24), torch.empty(1 << 24)
+    taken = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        target.copy_(source)
+        taken.append(time.perf_counter() - begin)
+    return [*rates, 2 * source.nbytes / statistics.median(taken)]
+
+
+def _probe_links(rank: int, world: int) -> list[float]:
+    assert dist.group.WORLD is not None
+    return list(measure_rates(Network(dist.group.WORLD))["intra"])
+
+
+def measure(rank: int, world: int, case: tuple, repeats: int) -> dict[str, Any]:
+    """What training steps of the real loop need on this rank: `peak` bytes, `sent` bytes, and `seconds` of each."""
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(Case(*case).config, run_dir=folder, steps=repeats + 9)
+        trainer = _trainer(config, Ranks(rank, rank, world, torch.device("cpu")))
+        data = iter(trainer.steps(0))
+        seconds = []
+        for _ in range(repeats + 2):
+            dist.barrier()
+            begin = time.perf_counter()
+            trainer.step(data)
+            seconds.append(time.perf_counter() - begin)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        held = sum(size_of(t) for t in _standing(trainer))
+        peak = held + peak_of(lambda: trainer.step(data))
+        with Census() as census:
+            trainer.step(data)
+    sent = sum(moved.bytes for moved in census.moved.values())
+    return {"peak": peak, "sent": sent, "seconds": seconds[2:]}
+
+
+def _trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
+    degrees, chosen = config.parallel, layout(config, ranks.world)
+    mesh = build_mesh("cpu", dp_replicate=degrees.dp_replicate, tp=degrees.tp, ep=degrees.ep, etp=degrees.etp)
+    model = parallelize(
+        GPT(config.model, device="meta"),
+        mesh,
+        dtype=getattr(torch, degrees.dtype),
+        reshard=degrees.reshard,
+        exchanging=exchanging(config),
+    )
+    model.init_weights(0)
+    model.recompute = degrees.recompute
+    share = config.batch_size // chosen.data_ranks
+    micro = config.micro_batch or share
+    generator = torch.Generator().manual_seed(ranks.rank // chosen.tp)
+
+    def steps(_: int) -> Iterator[list[Batch]]:
+        shape = micro, config.seq_len + 1
+        while True:
+            texts = [
+                torch.randint(config.model.vocab_size, shape, generator=generator) for _ in range(share // micro)
+            ]
+            yield [Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), None) for text in texts]
+
+    return Trainer(model, LanguageModelling(), steps, config, ranks)
+
+
+def _standing(trainer: Trainer) -> Iterator[Tensor]:
+    """What lives between steps: masters and moments."""
+    for parameter in trainer.parameters:
+        yield parameter
+        yield from (value for value in trainer.optimizer.state[parameter].values() if value.dim())
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes on this rank."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """The most bytes that live at once of all that `run` takes from torch's allocator."""
+    large, cpu_gemm._LARGE = cpu_gemm._LARGE, 1 << 62  # else large buffers come from numpy, unseen
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            run()
+    finally:
+        cpu_gemm._LARGE = large
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Hold the planner's predictions against steps of this machine.")
+    parser.add_argument("--json", type=Path, help="write the tidy rows here")
+    parser.add_argument("--quick", action="store_true", help="few repeats")
+    arguments = parser.parse_args()
+    main(arguments.json, arguments.quick)
