@@ -1,8 +1,8 @@
 """`coterie bench plan`: what the planner predicts beside what training steps on this machine's ranks need.
 
-This machine is measured first: products and copies of one core, links between two ranks, and, on the first case alone,
-how much of the product rate a training step reaches. Peaks are those of torch's allocator, bytes those of a census of
-all collectives; both repeat exactly. Seconds are medians. Ranks beyond the cores share them.
+This machine is measured first: products and copies of one core, links between two ranks, and, on the first case
+alone, how much of the product rate a training step reaches. Peaks are those of torch's allocator, bytes those of a
+census of all collectives; both repeat exactly. Seconds are medians. Ranks beyond the cores share them.
 """
 
 from __future__ import annotations
@@ -251,8 +251,8 @@ def peak_of(run: Callable[[], object]) -> int:
             run()
     finally:
         cpu_gemm._LARGE = large
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    kineto: Any = recorded.profiler
+    events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
     live = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()

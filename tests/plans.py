@@ -71,6 +71,10 @@ def really_sharded(config: ModelConfig, layout: Layout) -> int:
     model = GPT(config, device="meta")
     model.to_empty = lambda device: model  # type: ignore[assignment,method-assign,misc]
     with _Fake(layout.world):
-        parallelize(model, build_mesh("cpu", ep=layout.ep, tp=layout.tp), dtype=torch.bfloat16)
+        parallelize(
+            model,
+            build_mesh("cpu", dp_replicate=layout.dp_replicate, tp=layout.tp, ep=layout.ep, etp=layout.etp),
+            dtype=torch.bfloat16,
+        )
         locals_ = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
         return sum(local.numel() for local in locals_)

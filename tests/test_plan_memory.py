@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plans import DENSE, MODERN, TINY, really_sharded
+from plans import DENSE, TINY, really_sharded
 from torch.autograd.graph import saved_tensors_hooks
 
 from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT, Recompute
 from coterie.models.params import count_params
 from coterie.models.presets import PRESETS
-from coterie.moe.config import MoEConfig
 from coterie.parallel.layout import Layout
 from coterie.train.plan_memory import Run, activations, memory, saved_by_layer, saved_outside
 from coterie.train.plan_shards import local_sizes, weights
@@ -43,14 +42,26 @@ def test_a_shard_in_numbers() -> None:
     assert local_sizes((50257, 30), {0: 2}, 4) == (25129 * 30, 6283 * 30), "nothing divides: dimension 0, rounded up"
 
 
-def test_the_real_sharding_is_the_planned_one() -> None:
-    """Where every dimension divides, to the element."""
-    config = replace(MODERN, dim=64, hidden=128, moe=MoEConfig(top_k=2, hidden=64, shared_hidden=64))
-    for world, ep in [(2, 1), (4, 2), (8, 8)]:
-        config = replace(config, experts=(0, 8, 8), qk_norm=False)
-        layout = Layout(1, world, ep=ep)
-        needed = memory(config, layout, Run(32, 1, 1, 2))
-        assert needed.parameters == 4 * really_sharded(config, layout)
+LAYOUTS = [
+    Layout(1, 1),
+    Layout(1, 4, ep=4),
+    Layout(2, 4, ep=2),
+    Layout(1, 2, tp=2, ep=4),
+    Layout(2, 2, tp=2, ep=8),
+    Layout(1, 4, tp=2, ep=2, etp=2),
+    Layout(4, 1, tp=2, ep=4, etp=2),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("config", TINY.values(), ids=TINY)
+def test_the_real_sharding_is_the_planned_one(config: ModelConfig, layout: Layout) -> None:
+    """`parallelize` itself: to the element, but for small vectors whose shards are rounded up."""
+    if not config.experts:
+        layout = replace(layout, ep=1, etp=1)
+    needed = memory(config, layout, Run(32, 1, 1, 2))
+    assert 4 * really_sharded(config, layout) == pytest.approx(needed.parameters, rel=0.002)
+    assert needed.optimizer == 2 * needed.parameters
 
 
 def _saved(config: ModelConfig, tokens_BS: torch.Tensor, dtype: torch.dtype, recompute: Recompute) -> int:

@@ -93,14 +93,15 @@ def ring(where: Span, shard: float, machine: Machine, *, rounds: int = 1) -> Flo
 
 @cache
 def exchange(where: Span, batch: Batch, machine: Machine, backward: bool = True) -> Flow:
-    """One MoE layer's exchange of rows, by `parallel.cost`: the fastest, as a run with exchange=auto takes it. Ranks
-    that do not share their nodes evenly are taken to have one each."""
+    """One MoE layer's exchange of rows, by `parallel.cost`: flat on one node, else the fastest, as a run with
+    exchange=auto takes it. Ranks that do not share their nodes evenly are taken to have one each."""
     if where.ranks == 1:
         return Flow()
     even = where.ranks % where.nodes == 0
     nodes = Nodes(where.nodes, where.ranks // where.nodes) if even else Nodes(where.ranks, 1)
     rates = {"intra": machine.intra, "inter": machine.inter}
-    choice = choose_exchange(batch, nodes, rates, backward=backward)
+    override = "flat" if nodes.nodes == 1 else None
+    choice = choose_exchange(batch, nodes, rates, backward=backward, override=override)
     matrices = phases(choice.name, expect(batch, nodes), nodes, batch, backward)
     moved = sent(matrices, nodes, 0)
     messages, size = (sum(moved[kind][field] for kind in ("intra", "inter")) for field in (0, 1))
