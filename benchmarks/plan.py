@@ -1,8 +1,9 @@
 """`coterie bench plan`: what the planner predicts beside what training steps on this machine's ranks need.
 
-This machine is measured first: products and copies of one core, links between two ranks, and, on the first case
-alone, how much of the product rate a training step reaches. Peaks are those of torch's allocator, bytes those of a
-census of all collectives; both repeat exactly. Seconds are medians. Ranks beyond the cores share them.
+This machine is measured first: products and copies of one core, and links between two ranks. How much of the product
+rate a training step reaches is taken from a dense model on one rank, whose steps run before and after those of every
+case: a busy machine slows both. Peaks are those of torch's allocator, bytes those of a census of all collectives, and
+both repeat. Seconds are medians. Ranks beyond the cores share them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -94,22 +93,24 @@ def main(json: str | Path | None = None, quick: bool = False) -> list[Row]:
     """Measures all cases, shows the table, and writes the rows to `json`.
 
     Args:
-        quick: fewer repeats.
+        quick: two cases of each number of ranks, few repeats.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    repeats = 3 if quick else 9
     rows: list[Row] = []
-    on: Machine | None = None
+    reference, machine = Pool(1, cores), measure_machine(cores)
     for world in sorted({case.world for case in CASES}):
         pool = Pool(world, max(1, cores // world))
-        try:
-            for case in (case for case in CASES if case.world == world):
-                found = pool.run(measure, tuple(case), 3 if quick else 9)
-                on = on or calibrate(measure_machine(cores), case, found)
-                rows += compare(case, found, on)
-                if json is not None:
-                    write(rows, json)
-        finally:
-            pool.close()
+        cases = [case for case in CASES if case.world == world]
+        for case in cases[:2] if quick else cases:
+            beside = reference.run(_reference, repeats)[0]
+            found = pool.run(measure, tuple(case), repeats)
+            beside += reference.run(_reference, repeats)[0]
+            rows += compare(case, found, calibrate(machine, statistics.median(beside)))
+            if json is not None:
+                write(rows, json)
+        pool.close()
+    reference.close()
     show(rows)
     for metric in ("peak error", "bytes error", "step error"):
         errors = [abs(row.value) for row in rows if row.metric == metric]
@@ -129,11 +130,10 @@ def measure_machine(cores: int) -> Machine:
     return replace(MACHINES["cpu"], fraction=1.0, cores=cores, **rates)
 
 
-def calibrate(on: Machine, case: Case, found: Sequence[dict[str, Any]]) -> Machine:
-    """The machine with the fraction that makes this case's prediction true."""
-    step = _planned(case, on).step
-    taken = statistics.median(max(times) for times in zip(*(rank["seconds"] for rank in found), strict=True))
-    return replace(on, fraction=step.compute / max(taken - step.total + step.compute, 1e-9))
+def calibrate(on: Machine, seconds: float) -> Machine:
+    """The machine with the fraction that makes the prediction of the first case true."""
+    step = _planned(CASES[0], on).step
+    return replace(on, fraction=step.compute / max(seconds - step.total + step.compute, 1e-9))
 
 
 def _planned(case: Case, on: Machine) -> Planned:
@@ -182,26 +182,55 @@ def _probe_links(rank: int, world: int) -> list[float]:
     return list(measure_rates(Network(dist.group.WORLD))["intra"])
 
 
+def _reference(rank: int, world: int, repeats: int) -> list[float]:
+    """Seconds of steps of the first case."""
+    if not _KEPT:
+        _KEPT.append(_Steps(CASES[0].config, Ranks(rank, rank, world, torch.device("cpu"))))
+    return _KEPT[0].seconds(repeats)
+
+
 def measure(rank: int, world: int, case: tuple, repeats: int) -> dict[str, Any]:
     """What training steps of the real loop need on this rank: `peak` bytes, `sent` bytes, and `seconds` of each."""
-    keep_freed_memory()
-    with tempfile.TemporaryDirectory() as folder:
-        config = replace(Case(*case).config, run_dir=folder, steps=repeats + 9)
-        trainer = _trainer(config, Ranks(rank, rank, world, torch.device("cpu")))
-        data = iter(trainer.steps(0))
-        seconds = []
-        for _ in range(repeats + 2):
+    steps = _Steps(Case(*case).config, Ranks(rank, rank, world, torch.device("cpu")))
+    seconds = steps.seconds(repeats)
+    steps.trainer.optimizer.zero_grad(set_to_none=True)
+    peak = steps.standing() + peak_of(steps.step)
+    with Census() as census:
+        steps.step()
+    return {"peak": peak, "sent": sum(moved.bytes for moved in census.moved.values()), "seconds": seconds}
+
+
+class _Steps:
+    """Steps of the real loop on text of random words."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        keep_freed_memory()
+        self.trainer = _trainer(config, ranks)
+        self.data = iter(self.trainer.steps(0))
+        for _ in range(2):
+            self.step()
+
+    def step(self) -> None:
+        self.trainer.step(self.data)
+
+    def seconds(self, repeats: int) -> list[float]:
+        """Of so many steps, which all ranks begin together."""
+        taken = []
+        for _ in range(repeats):
             dist.barrier()
             begin = time.perf_counter()
-            trainer.step(data)
-            seconds.append(time.perf_counter() - begin)
-        trainer.optimizer.zero_grad(set_to_none=True)
-        held = sum(size_of(t) for t in _standing(trainer))
-        peak = held + peak_of(lambda: trainer.step(data))
-        with Census() as census:
-            trainer.step(data)
-    sent = sum(moved.bytes for moved in census.moved.values())
-    return {"peak": peak, "sent": sent, "seconds": seconds[2:]}
+            self.step()
+            taken.append(time.perf_counter() - begin)
+        return taken
+
+    def standing(self) -> int:
+        """Bytes that live between steps: masters and moments."""
+        state = self.trainer.optimizer.state
+        kept = [t for p in self.trainer.parameters for t in (p, *state[p].values()) if t.dim()]
+        return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in kept)
+
+
+_KEPT: list[_Steps] = []
 
 
 def _trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
@@ -231,18 +260,6 @@ def _trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     return Trainer(model, LanguageModelling(), steps, config, ranks)
 
 
-def _standing(trainer: Trainer) -> Iterator[Tensor]:
-    """What lives between steps: masters and moments."""
-    for parameter in trainer.parameters:
-        yield parameter
-        yield from (value for value in trainer.optimizer.state[parameter].values() if value.dim())
-
-
-def size_of(tensor: Tensor) -> int:
-    """Bytes on this rank."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
-
-
 def peak_of(run: Callable[[], object]) -> int:
     """The most bytes that live at once of all that `run` takes from torch's allocator."""
     large, cpu_gemm._LARGE = cpu_gemm._LARGE, 1 << 62  # else large buffers come from numpy, unseen
@@ -263,6 +280,6 @@ def peak_of(run: Callable[[], object]) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Hold the planner's predictions against steps of this machine.")
     parser.add_argument("--json", type=Path, help="write the tidy rows here")
-    parser.add_argument("--quick", action="store_true", help="few repeats")
+    parser.add_argument("--quick", action="store_true", help="two cases of each number of ranks, few repeats")
     arguments = parser.parse_args()
     main(arguments.json, arguments.quick)

@@ -134,7 +134,9 @@ def activations(config: ModelConfig, layout: Layout, run: Run, layer: int) -> tu
         "selective": entry + feed,
         "full": entry + (8 * config.moe.top_k * tokens if config.experts_of(layer) else 0),
     }[run.recompute]
-    return left, {"none": left, "selective": left + attention, "full": left + attention + feed}[run.recompute]
+    # Under "selective" the attention half is repeated when the other half has been given back.
+    more = {"none": 0, "selective": max(attention - feed, 0), "full": attention + feed}[run.recompute]
+    return left, left + more
 
 
 def _scratch(config: ModelConfig, layout: Layout, layer: int, run: Run) -> int:
