@@ -104,7 +104,7 @@ WRONG = {
     "no number": (["tiny", "--gpus", "many", "--gpu", "h200"], "--gpus 'many'"),
     "no gpus": (["tiny", "--gpus", "0", "--gpu", "h200"], "--gpus 0"),
     "not whole nodes": (["tiny", "--gpus", "12", "--gpu", "h200"], "use 8 or 16"),
-    "fits nowhere": (["47b_moe128", *H8], "the smallest needs"),
+    "fits nowhere": (["1.3b_moe128", "--gpus", "2", "--gpu", "h200"], "of the usable 125.8; 8 would do"),
     "divides nowhere": (["tiny", "--gpus", "7", "--gpu", "h200", "--node", "7"], "divides over no layout"),
     "a degree that divides nothing": (["tiny", *H8, "--parallel.tp", "3"], "tp=3"),
     "a degree that is no number": (["tiny", *H8, "--parallel.ep", "x"], "--parallel.ep 'x'"),

@@ -40,7 +40,7 @@ def main(
         return
     found = plan(config, gpus, on, node, given)
     if not found.rows:
-        raise ValueError(_nowhere(recipe, found, gpus, on, given))
+        raise ValueError(_nowhere(recipe, config, found, gpus, on, node, given))
     on = on.shared(min(node, gpus))
     records = [tidy(config, row, on) for row in found.rows]
     if json is not None:
@@ -73,17 +73,23 @@ def _given(overrides: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     return {name: degree for name, degree in given.items() if degree or name != "dp_shard"}, rest
 
 
-def _nowhere(recipe: str, found: Plan, gpus: int, on: Machine, given: dict[str, int]) -> str:
+def _nowhere(
+    recipe: str, config: TrainConfig, found: Plan, gpus: int, on: Machine, node: int, given: dict[str, int]
+) -> str:
+    """Why there is no row, and the smallest number of GPUs, by doubling, on which there is one."""
     if found.smallest is None:
         fixed = f" with {', '.join(f'{n}={d}' for n, d in given.items())}" if given else ""
         reason = found.undivided.most_common(1)
         why = reason[0][0] if reason else "the degrees do not divide the ranks"
         return f"{recipe} divides over no layout of {gpus} {on.name}{fixed} ({why}): change --gpus or --batch-size"
-    peak = found.smallest.memory.peak / GIB
-    return (
-        f"{recipe} fits no layout of {gpus} {on.name}: the smallest needs {peak:.1f} GiB of the usable "
-        f"{on.usable * on.memory / GIB:.1f}; give more or larger GPUs, or a smaller --micro-batch"
+    peak, usable = found.smallest.memory.peak / GIB, on.usable * on.shared(min(node, gpus)).memory / GIB
+    says = (
+        f"{recipe} fits no layout of {gpus} {on.name}: the smallest needs {peak:.1f} GiB of the usable {usable:.1f}"
     )
+    for more in (gpus << doublings for doublings in range(1, 8)):
+        if (more <= node or more % node == 0) and plan(config, more, on, node).rows:
+            return f"{says}; {more} would do"
+    return f"{says}; give larger GPUs, or a smaller --micro-batch"
 
 
 def _heading(recipe: str, config: TrainConfig, gpus: int, on: Machine, node: int) -> str:
