@@ -1,8 +1,8 @@
 """`coterie bench plan`: what the planner predicts beside what training steps on this machine's ranks need.
 
 This machine is measured first: products and copies of one core, and links between two ranks. How much of the product
-rate a training step reaches is taken from a dense model on one rank, whose steps run before and after those of every
-case: a busy machine slows both. Peaks are those of torch's allocator, bytes those of a census of all collectives, and
+rate a training step reaches is taken from a dense model on one rank, whose steps take turns with those of every case:
+a busy machine slows both. Peaks are those of torch's allocator, bytes those of a census of all collectives, and
 both repeat. Seconds are medians. Ranks beyond the cores share them.
 """
 
@@ -99,14 +99,18 @@ def main(json: str | Path | None = None, quick: bool = False) -> list[Row]:
     repeats = 3 if quick else 9
     rows: list[Row] = []
     reference, machine = Pool(1, cores), measure_machine(cores)
+    reference.run(prepare, tuple(CASES[0]))
     for world in sorted({case.world for case in CASES}):
         pool = Pool(world, max(1, cores // world))
         cases = [case for case in CASES if case.world == world]
         for case in cases[:2] if quick else cases:
-            beside = reference.run(_reference, repeats)[0]
-            found = pool.run(measure, tuple(case), repeats)
-            beside += reference.run(_reference, repeats)[0]
-            rows += compare(case, found, calibrate(machine, statistics.median(beside)))
+            pool.run(prepare, tuple(case))
+            beside, taken = [], []
+            for _ in range(repeats):
+                beside += reference.run(_seconds)
+                taken.append(max(pool.run(_seconds)))
+            on = calibrate(machine, statistics.median(beside))
+            rows += compare(case, pool.run(weigh), on, taken)
             if json is not None:
                 write(rows, json)
         pool.close()
@@ -133,19 +137,18 @@ def measure_machine(cores: int) -> Machine:
 def calibrate(on: Machine, seconds: float) -> Machine:
     """The machine with the fraction that makes the prediction of the first case true."""
     step = _planned(CASES[0], on).step
-    return replace(on, fraction=step.compute / max(seconds - step.total + step.compute, 1e-9))
+    return replace(on, fraction=on.fraction * step.compute / max(seconds - step.total + step.compute, 1e-9))
 
 
 def _planned(case: Case, on: Machine) -> Planned:
     return row_of(case.config, layout(case.config, case.world), on, case.world)
 
 
-def compare(case: Case, found: Sequence[dict[str, Any]], on: Machine) -> list[Row]:
-    """Rows of one case: predicted and measured peak and bytes of the fullest rank, and seconds of the slowest."""
+def compare(case: Case, found: Sequence[dict[str, float]], on: Machine, seconds: Sequence[float] = ()) -> list[Row]:
+    """Rows of one case: the fullest rank's peak, the mean of bytes sent, `seconds` of steps; predicted, measured."""
     planned = _planned(case, on)
     sent = planned.traffic
-    steps = [max(times) for times in zip(*(rank["seconds"] for rank in found), strict=True)]
-    seconds, spread = median_and_spread(steps)
+    middle, spread = median_and_spread(list(seconds)) if seconds else (0.0, 0.0)
     pairs = {
         "peak": (planned.memory.peak / 2**20, max(rank["peak"] for rank in found) / 2**20, "MiB", None),
         "bytes": (
@@ -154,7 +157,7 @@ def compare(case: Case, found: Sequence[dict[str, Any]], on: Machine) -> list[Ro
             "MiB",
             None,
         ),
-        "step": (planned.step.total * 1e3, seconds * 1e3, "ms", spread * 1e3),
+        "step": (planned.step.total * 1e3, middle * 1e3, "ms", spread * 1e3),
     }
     rows = []
     for metric, (predicted, measured, unit, around) in pairs.items():
@@ -182,22 +185,27 @@ def _probe_links(rank: int, world: int) -> list[float]:
     return list(measure_rates(Network(dist.group.WORLD))["intra"])
 
 
-def _reference(rank: int, world: int, repeats: int) -> list[float]:
-    """Seconds of steps of the first case."""
-    if not _KEPT:
-        _KEPT.append(_Steps(CASES[0].config, Ranks(rank, rank, world, torch.device("cpu"))))
-    return _KEPT[0].seconds(repeats)
+def prepare(rank: int, world: int, case: tuple) -> None:
+    """Builds a case on this rank, in place of the one before."""
+    _KEPT[:] = [_Steps(Case(*case).config, Ranks(rank, rank, world, torch.device("cpu")))]
 
 
-def measure(rank: int, world: int, case: tuple, repeats: int) -> dict[str, Any]:
-    """What training steps of the real loop need on this rank: `peak` bytes, `sent` bytes, and `seconds` of each."""
-    steps = _Steps(Case(*case).config, Ranks(rank, rank, world, torch.device("cpu")))
-    seconds = steps.seconds(repeats)
+def _seconds(rank: int, world: int) -> float:
+    """Of one step, which all ranks begin together."""
+    dist.barrier()
+    begin = time.perf_counter()
+    _KEPT[0].step()
+    return time.perf_counter() - begin
+
+
+def weigh(rank: int, world: int) -> dict[str, float]:
+    """What a step needs on this rank: `peak` bytes, and `sent` bytes."""
+    steps = _KEPT[0]
     steps.trainer.optimizer.zero_grad(set_to_none=True)
     peak = steps.standing() + peak_of(steps.step)
     with Census() as census:
         steps.step()
-    return {"peak": peak, "sent": sum(moved.bytes for moved in census.moved.values()), "seconds": seconds}
+    return {"peak": peak, "sent": sum(moved.bytes for moved in census.moved.values())}
 
 
 class _Steps:
@@ -212,16 +220,6 @@ class _Steps:
 
     def step(self) -> None:
         self.trainer.step(self.data)
-
-    def seconds(self, repeats: int) -> list[float]:
-        """Of so many steps, which all ranks begin together."""
-        taken = []
-        for _ in range(repeats):
-            dist.barrier()
-            begin = time.perf_counter()
-            self.step()
-            taken.append(time.perf_counter() - begin)
-        return taken
 
     def standing(self) -> int:
         """Bytes that live between steps: masters and moments."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from coterie.benchmarks.plan import CASES, Case, compare, measure
+from coterie.benchmarks.plan import CASES, Case, calibrate, compare, prepare, weigh
 from coterie.benchmarks.pool import Pool
 from coterie.train.machines import MACHINES
 
@@ -22,8 +22,22 @@ def test_peaks_and_traffic_are_the_predicted_ones(pool: Pool, case: Case) -> Non
     """Within a tenth; the traffic without balance is not exactly the expected one either."""
     if pool.world != case.world:
         pytest.skip("the other pool's")
-    found = pool.run(measure, tuple(case), 1)
-    errors = {row.metric: row.value for row in compare(case, found, MACHINES["cpu"]) if "error" in row.metric}
-    print(case.name, errors)
+    pool.run(prepare, tuple(case))
+    rows = compare(case, pool.run(weigh), MACHINES["cpu"])
+    errors = {row.metric: row.value for row in rows if "error" in row.metric}
     assert abs(errors["peak error"]) <= 10
     assert case.world == 1 or abs(errors["bytes error"]) <= 5
+
+
+def test_the_reference_is_predicted_as_it_ran() -> None:
+    """Its own time is what calibrates; four ranks on two cores have half of one each."""
+    on = calibrate(MACHINES["cpu"], 5.0)
+    found = [{"peak": 1.0, "sent": 0.0}]
+    rows = {row.metric: row.value for row in compare(CASES[0], found, on, [5.0]) if row.impl == "plan"}
+    assert rows["step"] == pytest.approx(5000)
+    assert rows["step error"] == pytest.approx(0, abs=1e-6)
+    shared = MACHINES["cpu"].shared(4)
+    assert (shared.fp32, shared.memory) == (MACHINES["cpu"].fp32 / 2, MACHINES["cpu"].memory / 2)
+    assert shared.intra.bandwidth == MACHINES["cpu"].intra.bandwidth / 2
+    assert MACHINES["cpu"].shared(1).fp32 == 2 * MACHINES["cpu"].fp32
+    assert MACHINES["h200"].shared(8) == MACHINES["h200"]
