@@ -136,6 +136,30 @@ def generate(
     print()
 
 
+def export(
+    source: Text[Path],
+    output: Text[Path],
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep",
+    max_file_size: str = "5GB",
+    step: int | None = None,
+    force: bool = False,
+) -> None:
+    """Turn a run's checkpoint, written on any number of ranks, into a model directory.
+
+    Args:
+        source: A run directory or one checkpoint in it.
+        output: The model directory to make: config.json, safetensors files, tokenizer.json.
+        dtype: Of the matrices; routers stay in float32.
+        max_file_size: A larger model becomes several files: 5GB, 500MB, 2GiB.
+        step: Which checkpoint of a run; the newest whole one if not given.
+        force: Replace the model that is there.
+    """
+    from .train.export import export as run
+
+    run(source, output, dtype=dtype, max_file_size=max_file_size, step=step, force=force)
+    print(output)
+
+
 def report(runs: Text[list[Path]]) -> None:
     """Write one self-contained HTML page about a run (or several, compared).
 
@@ -180,7 +204,7 @@ def bench(
     run(json=json, quick=quick)
 
 
-COMMANDS = {f.__name__: f for f in (quickstart, prepare, pretrain, plan, generate, report, bench)}
+COMMANDS = {f.__name__: f for f in (quickstart, prepare, pretrain, plan, generate, export, report, bench)}
 
 
 def _split(argv: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FILE_BYTES = 5 * 10**9
 """A model of more bytes is cut into files of at most so many; a larger tensor has a file of its own."""
+
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Types of weights, in safetensors' words."""
+
+
+class Head(NamedTuple):
+    """What a file says of a tensor before its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def has_weights(folder: Path) -> bool:
@@ -105,6 +121,8 @@ class Drafts:
         self._hidden: Path | None = None
         self._map: dict[str, str] = {}
         self._bytes = 0
+        self._file: BinaryIO | None = None
+        self._name = ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder / ".partial", ignore_errors=True)  # of a save that was killed
@@ -117,22 +135,43 @@ class Drafts:
         """Adds a text file."""
         self._attempt(name, lambda file: file.write_text(content, encoding="utf-8"))
 
-    def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Adds a safetensors file."""
+    def begin(self, name: str, heads: Mapping[str, Head]) -> None:
+        """Begins a safetensors file; its tensors follow by `append`, in this order."""
+        self._close()
+        self._map |= dict.fromkeys(heads, name)
+        self._bytes += sum(head.bytes for head in heads.values())
+        self._attempt(name, lambda file: self._open(file, heads))
 
-        def write(file: Path) -> None:
-            file.touch()
-            mode = file.stat().st_mode
-            save_file(tensors, str(file), metadata={"format": "pt"})
-            file.chmod(mode)  # the library lets its owner alone read it
+    def append(self, piece: Tensor) -> None:
+        """Adds the file's next bytes: a whole tensor or, along its first axis, a part."""
+        if self._file is not None:
+            file = self._file
+            raw = piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._attempt(self._name, lambda _: file.write(raw.data))
 
-        self._attempt(name, write)
-        self._map |= dict.fromkeys(tensors, name)
-        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+    def _open(self, file: Path, heads: Mapping[str, Head]) -> None:
+        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, head in heads.items():
+            start, end = end, end + head.bytes
+            table[name] = {"dtype": KINDS[head.dtype], "shape": list(head.shape), "data_offsets": [start, end]}
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file, self._name = file.open("wb"), file.name
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def _close(self) -> None:
+        """Ends a file that was begun: what it still holds back may be what does not fit on the disk."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            self._attempt(self._name, lambda _: (file.flush(), os.fsync(file.fileno())))
+            with contextlib.suppress(OSError):
+                file.close()
 
     def publish(self) -> None:
         """Puts the files in place, or raises the first trouble and leaves the directory as it was."""
         try:
+            self._close()
             files = sorted(set(self._map.values()))
             if files != [WEIGHTS]:
                 index = {"metadata": {"total_size": self._bytes}, "weight_map": self._map}
@@ -141,8 +180,13 @@ class Drafts:
                 raise self._trouble
             self._replace(files)
         finally:
-            if self._hidden is not None:
-                shutil.rmtree(self._hidden, ignore_errors=True)
+            self.discard()
+
+    def discard(self) -> None:
+        """Takes the drafts away; the directory stays as it was."""
+        self._close()
+        if self._hidden is not None:
+            shutil.rmtree(self._hidden, ignore_errors=True)
 
     def _replace(self, files: list[str]) -> None:
         hidden, folder = self._hidden, self._folder
@@ -161,7 +205,31 @@ class Drafts:
             return
         try:
             write(self._hidden / name)
-        except SafetensorError as error:
-            self._trouble = OSError(f"{self._folder / name} could not be written: {error}")
+        except OSError as error:
+            self._trouble = OSError(f"{self._folder / name} could not be written: {error.strerror or error}")
         except Exception as error:
             self._trouble = error
+
+
+def write_tensors(
+    drafts: Drafts | None,
+    heads: Mapping[str, Head],
+    pieces: Callable[[str], Iterable[Tensor]],
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Writes tensors into as many files as they need, one at a time.
+
+    Args:
+        drafts: None: nothing is written, but every piece is asked for, as ranks that gather together must.
+        heads: all tensors, in order.
+        pieces: gives a tensor's parts along its first axis, on the CPU, of any type.
+        file_bytes: the most that one file may take.
+    """
+    for file, names in split_names({name: head.bytes for name, head in heads.items()}, file_bytes).items():
+        names.sort(key=lambda name: -heads[name].dtype.itemsize)  # so that each lies at a multiple of its own width
+        if drafts is not None:
+            drafts.begin(file, {name: heads[name] for name in names})
+        for name in names:
+            for piece in pieces(name):
+                if drafts is not None:
+                    drafts.append(piece.to(heads[name].dtype))

@@ -19,11 +19,11 @@ from ..parallel.tensor import local_part
 from .config import ModelConfig
 from .gpt import GPT
 from .shards import local_box
-from .tensor_files import FILE_BYTES, Drafts, StoredTensors, split_names
+from .tensor_files import FILE_BYTES, KINDS, Drafts, Head, StoredTensors, write_tensors
 from .tokenizer import Tokenizer
 
 MODEL_TYPE = "coterie"
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED_DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def save_model(
 
     Args:
         directory: made if it is not there; a reader never sees half a file in it.
-        model: plain or parallelized. Rank 0 holds the whole tensors of one file at a time.
+        model: plain or parallelized. Rank 0 holds one whole tensor at a time.
         tokenizer: written beside it.
         dtype: of the written matrices (the router stays in fp32); None: as they are.
         file_bytes: a larger model becomes `model-0000i-of-0000n.safetensors` and an index, as Hugging Face has it.
@@ -135,19 +135,23 @@ def save_model(
         OSError: on rank 0, for a full disk or a forbidden directory, after all ranks have done their part.
     """
     state = model.state_dict()
-    kinds = {name: tensor.dtype if dtype is None else _stored(name, dtype) for name, tensor in state.items()}
-    plan = split_names({name: tensor.numel() * kinds[name].itemsize for name, tensor in state.items()}, file_bytes)
-    drafts = Drafts(Path(directory)) if _first() else None
-    if drafts is not None:
-        drafts.text("config.json", json.dumps(config_to_dict(model.config), indent=2) + "\n")
-        for name, text in ({} if tokenizer is None else tokenizer.files()).items():
-            drafts.text(name, text)
-    for file, names in plan.items():
-        whole = _gathered({name: state[name] for name in names})
-        if drafts is not None:
-            drafts.tensors(file, {name: tensor.to(kinds[name]) for name, tensor in whole.items()})
+    heads = {
+        name: Head(tensor.dtype if dtype is None else stored_dtype(name, dtype), tuple(tensor.shape))
+        for name, tensor in state.items()
+    }
+    drafts = begin_model(directory, model.config, tokenizer) if _first() else None
+    write_tensors(drafts, heads, lambda name: _gathered({name: state[name]}).values(), file_bytes)
     if drafts is not None:
         drafts.publish()
+
+
+def begin_model(directory: str | Path, config: ModelConfig, tokenizer: Tokenizer | None) -> Drafts:
+    """The drafts of a model directory with all but its tensors; `publish` puts it in place."""
+    drafts = Drafts(Path(directory))
+    drafts.text("config.json", json.dumps(config_to_dict(config), indent=2) + "\n")
+    for name, text in ({} if tokenizer is None else tokenizer.files()).items():
+        drafts.text(name, text)
+    return drafts
 
 
 def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> GPT:
@@ -171,15 +175,15 @@ def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dty
     kind = STORED_DTYPES[stored.kind("embed.weight")] if dtype is None else dtype
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dtype != kind and _stored(_role(module, name), kind) == kind:
+            if parameter.dtype != kind and stored_dtype(_role(module, name), kind) == kind:
                 setattr(module, name, nn.Parameter(parameter.to(kind)))
     model.to_empty(device=device)
     _read(stored, model)
     return model
 
 
-def _stored(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Router weights and selection biases keep fp32 whatever the rest does."""
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is stored as in a model of `dtype`: router weights and selection biases keep fp32."""
     return torch.float32 if ".gate." in f".{name}" else dtype
 
 

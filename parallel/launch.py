@@ -75,6 +75,7 @@ def init_ranks(device: str | None = None, *, timeout_s: float = 1800) -> Ranks:
         else:  # one process needs no port
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=bound)
+    rank_logger(rank)  # before anything has something to say
     return Ranks(rank, local_rank, world, chosen)
 
 

@@ -23,10 +23,12 @@ __all__ = ["pools"]
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 
-def loop_on_ranks(rank: int, world: int, folder: str, tp: int) -> Tensor:
+def loop_on_ranks(rank: int, world: int, folder: str, tp: int, micro: int) -> Tensor:
     """Norm and losses of three steps of the training loop, and a validation loss."""
-    model = replace(small_model(aux_weight=0.05, z_weight=0.01), heads=4)
-    config = small_config(Path(folder), model, micro_batch=0, parallel=ParallelConfig(tp=tp), eval_batches=1)
+    # The global scope's fractions depend on which samples make a micro-batch.
+    scope = "sequence" if micro else "global"
+    model = replace(small_model(aux_weight=0.05, z_weight=0.01, aux_scope=scope), heads=4)
+    config = small_config(Path(folder), model, micro_batch=micro, parallel=ParallelConfig(tp=tp), eval_batches=1)
     ranks = ONE if world == 1 else Ranks(rank, rank, world, torch.device("cpu"))
     place, places = rank // tp, world // tp
     share = config.batch_size // places
@@ -44,10 +46,12 @@ def loop_on_ranks(rank: int, world: int, folder: str, tp: int) -> Tensor:
     return torch.tensor([*rows, trainer.evaluate()])
 
 
-@pytest.mark.parametrize(("world", "tp"), [(2, 2), (4, 2)])
-def test_the_loop_counts_a_batch_once(world: int, tp: int, pools: dict[int, Pool], tmp_path: Path) -> None:
-    expected = loop_on_ranks(0, 1, str(tmp_path / "one"), 1)
-    for found in pools[world].run(loop_on_ranks, str(tmp_path / "many"), tp):
+@pytest.mark.parametrize(("world", "tp", "micro"), [(2, 2, 0), (4, 2, 0), (4, 2, 1)])
+def test_the_loop_counts_a_batch_once(
+    world: int, tp: int, micro: int, pools: dict[int, Pool], tmp_path: Path
+) -> None:
+    expected = loop_on_ranks(0, 1, str(tmp_path / "one"), 1, micro * (world // tp))
+    for found in pools[world].run(loop_on_ranks, str(tmp_path / "many"), tp, micro):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 

@@ -69,6 +69,14 @@ def test_what_one_rank_alone_meets_is_one_sentence(data: Path, tmp_path: Path) -
     assert "metrics.jsonl" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.dist
+def test_a_run_over_two_pretended_nodes_says_how_its_rows_travel(data: Path, tmp_path: Path) -> None:
+    words = command(data, tmp_path / "run", 2, "--steps", "1", "--parallel.ep", "2", "--parallel.ranks-per-node", "1")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    assert "experts on 2 nodes of 1 ranks: exchange " in done.stderr, done.stderr
+
+
 def test_a_killed_rank_is_named(monkeypatch, capsys) -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure

@@ -41,7 +41,8 @@ def _images(page: str) -> list[str]:
 
 
 def test_a_full_run_has_every_part_and_needs_no_network(tmp_path: Path) -> None:
-    rows = [_row(s, **({"valid_loss": 4.5} if s % 20 == 0 else {})) for s in range(1, 61)]
+    sent = {"sent": {"self_bytes": 9, "intra_bytes": 0, "inter_bytes": 3 << 20}}
+    rows = [_row(s, **({"valid_loss": 4.5} if s % 20 == 0 else {}), **sent) for s in range(1, 61)]
     run = _write(
         tmp_path / "my run",
         rows,
@@ -63,6 +64,9 @@ def test_a_full_run_has_every_part_and_needs_no_network(tmp_path: Path) -> None:
         "9.9",
     ):
         assert word in page
+    assert "sent to other nodes" in page
+    assert "3.0 MiB a step" in page
+    assert "within the node" not in page, "nothing was sent there"
     assert "<td>77</td>" in page
     assert "<td>1</td>" in page, "a one is not a yes"
     outside = re.sub(r'src="data:[^"]+"', "", page)

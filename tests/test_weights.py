@@ -130,7 +130,7 @@ def test_a_failed_save_leaves_the_old_model(saved: Path, monkeypatch: pytest.Mon
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coterie.models.tensor_files.save_file", full)
+    monkeypatch.setattr("coterie.models.tensor_files.Drafts._open", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(saved, load_model(saved))
     assert (saved / "model.safetensors").read_bytes() == before

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from .expert_prints import Part, Prints, compare, join, local_parts, stack_shapes
 from .manifest import (
     FORMAT,
     MANIFEST,
@@ -39,6 +40,7 @@ from .manifest import (
     step_of,
     verify,
 )
+from .stored import check_whole
 
 _UNFINISHED, _ASIDE = "unfinished_", "aside_"
 
@@ -106,18 +108,18 @@ class Checkpointer:
         unfinished = self.directory / f"{_UNFINISHED}{progress.step:08d}"
         problem = self._attempt(lambda: self._write_shards(unfinished, state))
         files: dict[str, Any] = {}
+        parts: list[Part] = []
         if problem is None:
             problem = self._attempt(lambda: files.update(self._hash_own(unfinished)))
-        everyone = self._agree((problem, files))
-        problem = next((p for p, _ in everyone if p), None)
         if problem is None:
-            manifest = {
-                "format": FORMAT,
-                "progress": asdict(progress),
-                "model": self.model,
-                "files": {name: entry for _, part in everyone for name, entry in part.items()},
-            }
-            problem = self._attempt(lambda: self._publish(unfinished, final, manifest))
+            problem = self._attempt(lambda: parts.extend(local_parts(state)))
+        everyone = self._agree((problem, files, parts))
+        problem = next((p for p, *_ in everyone if p), None)
+        if problem is None:
+            told = {"format": FORMAT, "progress": asdict(progress), "model": self.model}
+            told["files"] = {name: entry for _, theirs, _ in everyone for name, entry in theirs.items()}
+            own = [part for *_, theirs in everyone for part in theirs]
+            problem = self._attempt(lambda: self._publish(unfinished, final, told, join(own, stack_shapes(state))))
             problem = self._agree(problem)[0]
         if problem is None:
             return None
@@ -149,12 +151,12 @@ class Checkpointer:
         own = unfinished.glob(f"shard-{self.rank + 1:05d}-*")
         return {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in own}
 
-    def _publish(self, unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
+    def _publish(self, unfinished: Path, final: Path, manifest: dict[str, Any], experts: Prints) -> None:
         if self.rank:
             return
         if not manifest["files"]:
             raise CheckpointError("no shard was found where this machine's ranks wrote: is the run directory shared?")
-        self._write_manifest(unfinished, manifest)
+        self._write_manifest(unfinished, {**manifest, "experts": experts})
         if final.exists():
             _move_aside(final)
         unfinished.rename(final)
@@ -234,7 +236,8 @@ class Checkpointer:
         (the second result says so).
 
         Raises:
-            CheckpointError: it holds another model, or lacks a tensor.
+            CheckpointError: it holds another model, lacks a tensor or a part of one, or an expert was not read into
+                its place; the same on every rank.
         """
         manifest = read_manifest(path)
         same_model(path, manifest["model"], self.model)
@@ -243,6 +246,7 @@ class Checkpointer:
         missing = sorted(state.keys() - stored.keys())
         if missing:
             raise CheckpointError(f"checkpoint {path} lacks {len(missing)} tensors, the first is {missing[0]}")
+        check_whole(path, stored)
         for name, tensor in state.items():
             if stored[name].size != tensor.shape:  # type: ignore[union-attr]
                 raise CheckpointError(
@@ -254,7 +258,14 @@ class Checkpointer:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
             dcp_load(wanted, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        saved = manifest.get("experts", {})  # an older version saved none
+        alike = {n: t for n, t in state.items() if n in saved and stored[n].properties.dtype == t.dtype}  # type: ignore[union-attr]
+        self._check_experts(path, saved, alike)
         return Progress(**manifest["progress"]), whole
+
+    def _check_experts(self, path: Path, saved: Prints, state: dict[str, Tensor]) -> None:
+        parts = [part for theirs in self._agree(local_parts(state)) for part in theirs]
+        compare(path, saved, join(parts, stack_shapes(state)))
 
 
 def _move_aside(path: Path) -> None:

@@ -147,6 +147,9 @@ def _facts(run: Run) -> dict[str, str]:
     if run.has_loads:
         add("max / mean load", _last(run, "max_mean"), "{:.2f}")
         add("dropped", _last(run, "drop"), "{:.1%}")
+    for link, name in (("intra", "sent within the node"), ("inter", "sent to other nodes")):
+        if size := _last(run, "sent", f"{link}_bytes"):
+            facts[name] = f"{size / 2**20:,.1f} MiB a step"
     skipped = run.series("skipped")[1]
     if len(skipped) and skipped.max() > 0:
         facts["steps skipped"] = f"{skipped.max():.0f}"

@@ -22,6 +22,7 @@ from ..parallel.mesh import build_mesh
 from .config import TrainConfig, exchanging, layout, to_dict
 from .data import Batch, batches, build_datasets
 from .environment import describe_environment
+from .export import tokenizer_path
 from .loop import Summary, Trainer
 from .manifest import CheckpointError
 from .objective import LanguageModelling
@@ -156,6 +157,5 @@ class Data:
     @property
     def tokenizer(self) -> Tokenizer | None:
         """What the data was made with: named in the config, or beside the first prefix."""
-        data = self.config.data
-        path = Path(data.tokenizer or f"{data.train[0]}.tokenizer.json")
+        path = tokenizer_path(self.config.data)
         return Tokenizer(path) if path.exists() else None
