@@ -1,7 +1,7 @@
 """`coterie bench plan`: what the planner predicts beside what training steps on this machine's ranks need.
 
 This machine is measured first: products and copies of one core, and links between two ranks. How much of the product
-rate a training step reaches is taken from a dense model on one rank, whose steps take turns with those of every case:
+rate a training step reaches is taken from a dense model on two ranks, whose steps take turns with those of each case:
 a busy machine slows both. Peaks are those of torch's allocator, bytes those of a census of all collectives, and
 both repeat. Seconds are medians. Ranks beyond the cores share them.
 """
@@ -67,13 +67,15 @@ class Case(NamedTuple):
         )
 
 
+# One thread a rank: threads that wait for each other suffer most on a busy machine.
+REFERENCE = Case("dense, FSDP 2", 2, _DENSE)
 CASES = (
     Case("dense, 1 rank", 1, _DENSE),
     Case("MoE, 1 rank", 1, _MOE),
     Case("MoE in bf16, 1 rank", 1, _MOE, ParallelConfig(dtype="bfloat16")),
     Case("residual, 1 rank", 1, _PR_MOE),
     Case("MoE with full recompute, 1 rank", 1, _MOE, ParallelConfig(recompute="full")),
-    Case("dense, FSDP 2", 2, _DENSE),
+    REFERENCE,
     Case("MoE, FSDP 2", 2, _MOE),
     Case("MoE, FSDP 2, 2 micro-batches", 2, _MOE, ParallelConfig(), 4),
     Case("MoE, EP 2", 2, _MOE, ParallelConfig(ep=2)),
@@ -98,8 +100,8 @@ def main(json: str | Path | None = None, quick: bool = False) -> list[Row]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     repeats = 3 if quick else 9
     rows: list[Row] = []
-    reference, machine = Pool(1, cores), measure_machine(cores)
-    reference.run(prepare, tuple(CASES[0]))
+    reference, machine = Pool(REFERENCE.world), measure_machine(cores)
+    reference.run(prepare, tuple(REFERENCE))
     for world in sorted({case.world for case in CASES}):
         pool = Pool(world, max(1, cores // world))
         cases = [case for case in CASES if case.world == world]
@@ -107,7 +109,7 @@ def main(json: str | Path | None = None, quick: bool = False) -> list[Row]:
             pool.run(prepare, tuple(case))
             beside, taken = [], []
             for _ in range(repeats):
-                beside += reference.run(_seconds)
+                beside.append(max(reference.run(_seconds)))
                 taken.append(max(pool.run(_seconds)))
             on = calibrate(machine, statistics.median(beside))
             rows += compare(case, pool.run(weigh), on, taken)
@@ -135,8 +137,8 @@ def measure_machine(cores: int) -> Machine:
 
 
 def calibrate(on: Machine, seconds: float) -> Machine:
-    """The machine with the fraction that makes the prediction of the first case true."""
-    step = _planned(CASES[0], on).step
+    """The machine with the fraction that makes the prediction of the reference true."""
+    step = _planned(REFERENCE, on).step
     return replace(on, fraction=on.fraction * step.compute / max(seconds - step.total + step.compute, 1e-9))
 
 

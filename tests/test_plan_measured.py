@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from coterie.benchmarks.plan import CASES, Case, calibrate, compare, prepare, weigh
+from coterie.benchmarks.plan import CASES, REFERENCE, Case, calibrate, compare, prepare, weigh
 from coterie.benchmarks.pool import Pool
 from coterie.train.machines import MACHINES
 
@@ -33,7 +33,7 @@ def test_the_reference_is_predicted_as_it_ran() -> None:
     """Its own time is what calibrates; four ranks on two cores have half of one each."""
     on = calibrate(MACHINES["cpu"], 5.0)
     found = [{"peak": 1.0, "sent": 0.0}]
-    rows = {row.metric: row.value for row in compare(CASES[0], found, on, [5.0]) if row.impl == "plan"}
+    rows = {row.metric: row.value for row in compare(REFERENCE, found, on, [5.0]) if row.impl == "plan"}
     assert rows["step"] == pytest.approx(5000)
     assert rows["step error"] == pytest.approx(0, abs=1e-6)
     shared = MACHINES["cpu"].shared(4)
