@@ -79,6 +79,31 @@ def pretrain(
     raise SystemExit(launch(ranks, [recipe, *overrides], restarts))
 
 
+def plan(
+    recipe: Text[str],
+    overrides: Text[list[str]],
+    gpus: int,
+    gpu: str,
+    node: int = 8,
+    json: Path | None = None,
+    rows: int = 15,
+) -> None:
+    """Predict memory, traffic and step time of every layout of a recipe, and print the command of the fastest.
+
+    Args:
+        recipe: A recipe's name; `coterie pretrain RECIPE --help` lists every leaf that can be overridden.
+        overrides: --leaf value pairs; --parallel.tp and its like fix a degree.
+        gpus: How many, in all.
+        gpu: Which: a100-40, a100-80, h100, h200, b200, or cpu.
+        node: GPUs of one host.
+        json: Write every layout that fits here too, one record each.
+        rows: How many layouts to print.
+    """
+    from .train.plan_table import main as run
+
+    run(recipe, overrides, gpus=gpus, gpu=gpu, node=node, json=json, rows=rows)
+
+
 def generate(
     model: Text[Path],
     prompt: str,
@@ -149,13 +174,13 @@ def report(runs: Text[list[Path]]) -> None:
 
 
 def bench(
-    what: Text[Literal["layer", "train", "alltoall", "layouts"]],
+    what: Text[Literal["layer", "train", "alltoall", "layouts", "plan"]],
     json: Path | None = None,
     quick: bool = False,
     netns: bool = False,
 ) -> None:
     """Measure side by side: one MoE layer, or a full training step, against peers and the machine's limit; or the
-    exchanges of expert parallelism; or a training step under several layouts.
+    exchanges of expert parallelism; or a training step under several layouts; or the planner against such steps.
 
     Args:
         what: Which benchmark.
@@ -174,37 +199,57 @@ def bench(
         from .benchmarks.layer import main as run
     elif what == "layouts":
         from .benchmarks.layouts import main as run
+    elif what == "plan":
+        from .benchmarks.plan import main as run
     else:
         from .benchmarks.train import main as run
     run(json=json, quick=quick)
 
 
-COMMANDS = {f.__name__: f for f in (quickstart, prepare, pretrain, generate, export, report, bench)}
+COMMANDS = {f.__name__: f for f in (quickstart, prepare, pretrain, plan, generate, export, report, bench)}
 
 
-def _split_pretrain(argv: list[str]) -> tuple[dict[str, int], list[str]]:
-    """`--ranks N` and `--restarts N` belong to us wherever they stand; all else is the entry's."""
+def _split(argv: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """The flags of these names belong to us wherever they stand; all else is the recipe's."""
     own, rest, words = {}, [], iter(argv)
-    whats = {"--ranks": "processes: give 1 or more", "--restarts": "restarts: give 0 or more"}
     for word in words:
         name, _, value = word.partition("=")
-        if name not in whats:
+        if name in names:
+            own[name[2:]] = value or next(words, "")
+        else:
             rest.append(word)
-            continue
-        value = value or next(words, "")
-        if not value.isdigit():
-            raise ValueError(f"{name} {value!r} is not a number of {whats[name]}")
-        own[name.removeprefix("--")] = int(value)
     return own, rest
+
+
+def _pretrain(argv: list[str]) -> None:
+    whats = {"ranks": "processes: give 1 or more", "restarts": "restarts: give 0 or more"}
+    own, rest = _split(argv, tuple(f"--{name}" for name in whats))
+    for name, value in own.items():
+        if not value.isdigit():
+            raise ValueError(f"--{name} {value!r} is not a number of {whats[name]}")
+    pretrain(rest[0] if rest else "", rest[1:], **{name: int(value) for name, value in own.items()})
+
+
+def _plan(argv: list[str]) -> None:
+    own, rest = _split(argv, ("--gpus", "--gpu", "--node", "--json", "--rows"))
+    for name in ("gpus", "gpu"):
+        if name not in own:
+            raise ValueError(f"plan needs --{name}: `coterie plan RECIPE --gpus 256 --gpu h200 --node 8`")
+    for name in ("gpus", "node", "rows"):
+        if not own.get(name, "1").isdigit():
+            raise ValueError(f"--{name} {own[name]!r} is not a number: give 1 or more")
+    numbers = {name: int(own[name]) for name in ("node", "rows") if name in own}
+    json = Path(own["json"]) if "json" in own else None
+    plan(rest[0] if rest else "", rest[1:], int(own["gpus"]), own["gpu"], json=json, **numbers)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; a user's error is one sentence on standard error and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["pretrain"] and len(argv) > 1 and argv[1] not in ("-h", "--help"):
-            own, rest = _split_pretrain(argv[1:])
-            pretrain(rest[0] if rest else "", rest[1:], **own)
+        takes_a_recipe = {"pretrain": _pretrain, "plan": _plan}.get(argv[0] if argv else "")
+        if takes_a_recipe and len(argv) > 1 and argv[1] not in ("-h", "--help"):
+            takes_a_recipe(argv[1:])
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="coterie", args=argv, description=__doc__)
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json as jsonlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from ..parallel.exchange_probe import measure_rates, pick_exchange
 from ..parallel.exchange_replicas import Replicas
 from ..parallel.launch import init_ranks
 from .hosts import DEVICE, Hosts
+from .pool import free_port
 from .rows import Row, show, write
 from .timing import interleaved, median_and_spread
 
@@ -119,7 +119,7 @@ def _on_ranks(
         words = [sys.executable, "-m", "coterie.benchmarks.alltoall", "--worker", str(out), "--where", where]
         words += ["--repeats", str(repeats), "--tokens", *map(str, tokens)]
         common = {"WORLD_SIZE": str(nodes * per_node), "LOCAL_WORLD_SIZE": str(per_node), "OMP_NUM_THREADS": "1"}
-        common |= {"MASTER_ADDR": "127.0.0.1" if hosts is None else hosts.address(0), "MASTER_PORT": str(_port())}
+        common |= {"MASTER_ADDR": "127.0.0.1" if hosts is None else hosts.address(0), "MASTER_PORT": str(free_port())}
         if hosts is not None:
             common["GLOO_SOCKET_IFNAME"] = DEVICE
         ranks: list[subprocess.Popen[bytes]] = []
@@ -146,12 +146,6 @@ def _wait_for(ranks: list[subprocess.Popen[bytes]], limit_s: float) -> None:
         time.sleep(0.1)
     if any(one.returncode for one in ranks):
         raise ValueError("bench alltoall: a rank failed")
-
-
-def _port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def worker(out: Path, where: str, tokens: list[int], repeats: int) -> None:

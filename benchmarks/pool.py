@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
 
 def free_port() -> int:
     """A port of the loopback device that nobody listens on now."""
@@ -22,8 +24,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def open_store(world: int) -> TCPStore:
+    """Where ranks find each other, on a port of its own choice; it must outlive them."""
+    return TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+
+
 def open_rank(rank: int, world: int, port: int, threads: int = 1) -> None:
-    """Makes this process a rank, as torchrun would."""
+    """Makes this process a rank, as torchrun would. `port`: of a store."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -32,7 +39,8 @@ def open_rank(rank: int, world: int, port: int, threads: int = 1) -> None:
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    store = TCPStore("127.0.0.1", port, world, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
 
 def _serve(rank: int, world: int, port: int, threads: int, folder: str, calls: Connection) -> None:
@@ -55,6 +63,7 @@ class Pool:
         self.world, self.threads = world, threads
         self._folder = tempfile.TemporaryDirectory()
         self._ranks: list[tuple[Any, Connection]] = []
+        self._store: TCPStore | None = None
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """Calls `fn(rank, world, *args)` on every rank; returns what each gave (tensors, numbers, strings and
@@ -80,12 +89,14 @@ class Pool:
         return [torch.load(name, weights_only=True) for name in names]
 
     def _start(self) -> None:
-        context, port = mp.get_context("forkserver"), free_port()
+        context, self._store = mp.get_context("forkserver"), open_store(self.world)
         context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor"])  # once for all ranks
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.world, port, self.threads, self._folder.name, theirs), daemon=True
+                target=_serve,
+                args=(rank, self.world, self._store.port, self.threads, self._folder.name, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -96,4 +107,4 @@ class Pool:
         for process, _ in self._ranks:
             process.kill()
             process.join()
-        self._ranks = []
+        self._ranks, self._store = [], None

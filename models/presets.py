@@ -93,6 +93,31 @@ def gpt_6_7b() -> ModelConfig:
     return _paper(32, 4096, 32)
 
 
+# The larger models of the paper's inference table (table 6), 128 experts on every second layer. Their heads are not
+# published; they are 128 wide here, which changes no count.
+
+
+def gpt_2_4b_moe_128() -> ModelConfig:
+    """107.1B; the paper says 107.7B."""
+    return _paper(16, 3584, 28, pyramid(16, 2, 128, 128, 0))
+
+
+def gpt_8b_moe_128() -> ModelConfig:
+    """349B, with 40 layers as in the authors' blog: the 30 of the paper's table would make 262B."""
+    return _paper(40, 4096, 32, pyramid(40, 2, 128, 128, 0))
+
+
+def gpt_24b_moe_128() -> ModelConfig:
+    """1047B, with 30 layers as in DeepSpeed's tutorial, which says 1046.9B: the paper's table says 1064.9B and 40
+    layers, which would make 1396B."""
+    return _paper(30, 8192, 64, pyramid(30, 2, 128, 128, 0))
+
+
+def gpt_47b_moe_128() -> ModelConfig:
+    """2024B, as in the paper."""
+    return _paper(58, 8192, 64, pyramid(58, 2, 128, 128, 0))
+
+
 def _modern(
     layers: int, dim: int, hidden: int, experts: tuple[int, ...] = (), moe: MoEConfig | None = None
 ) -> ModelConfig:
@@ -147,6 +172,10 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "gpt-1.3b-pr-moe": gpt_1_3b_pr_moe,
     "gpt-1.3b-mos": gpt_1_3b_mos,
     "gpt-6.7b": gpt_6_7b,
+    "gpt-2.4b-moe-128": gpt_2_4b_moe_128,
+    "gpt-8b-moe-128": gpt_8b_moe_128,
+    "gpt-24b-moe-128": gpt_24b_moe_128,
+    "gpt-47b-moe-128": gpt_47b_moe_128,
     "tiny-dense": tiny_dense,
     "tiny-pr-moe": tiny_pr_moe,
     "small-dense": small_dense,

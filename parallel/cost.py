@@ -171,13 +171,15 @@ def sent(matrices: Sequence[np.ndarray], nodes: Nodes, rank: int) -> dict[str, S
     }
 
 
-def seconds(matrices: Sequence[np.ndarray], nodes: Nodes, rates: Mapping[str, Rate]) -> float:
+def seconds(
+    matrices: Sequence[np.ndarray], nodes: Nodes, rates: Mapping[str, Rate], ranks: Sequence[int] | None = None
+) -> float:
     """Time of phases that follow each other, each as long as its slowest rank takes: the greatest latency among its
-    links, and then for each kind its messages and bytes."""
+    links, and then for each kind its messages and bytes. `ranks`: those to look at, where others are like them."""
     total = 0.0
     for matrix in matrices:
         slowest = 0.0
-        for rank in range(nodes.ranks):
+        for rank in range(nodes.ranks) if ranks is None else ranks:
             used = {kind: s for kind, s in sent([matrix], nodes, rank).items() if s.messages and kind in rates}
             latency = max((rates[kind].latency for kind in used), default=0.0)
             moved = (s.messages * rates[k].message + s.bytes / rates[k].bandwidth for k, s in used.items())
@@ -202,8 +204,9 @@ def choose_exchange(
         routed: what the tokens ask for, where it is known; None: even routing.
         override: take this one, whatever is predicted.
     """
+    ranks = [0] if routed is None else None
     routed = expect(batch, nodes) if routed is None else routed
-    predictions = {n: seconds(phases(n, routed, nodes, batch, backward), nodes, rates) for n in PARTS}
+    predictions = {n: seconds(phases(n, routed, nodes, batch, backward), nodes, rates, ranks) for n in PARTS}
     if override is not None and override not in predictions:
         raise ValueError(f"exchange {override!r} is not one of {', '.join(predictions)}")
     return Choice(override or min(predictions, key=lambda name: predictions[name]), predictions)

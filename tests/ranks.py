@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from coterie.benchmarks.pool import Pool, free_port, open_rank
+from coterie.benchmarks.pool import Pool, open_rank, open_store
 
 __all__ = ["Pool", "run_ranks"]
 
@@ -28,5 +28,6 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Calls `fn(rank, world, *args)` on `world` spawned gloo ranks; returns what each gave (tensors, numbers,
     strings and containers of them). `fn` must live at the top of its test file."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, args=(fn, world, free_port(), folder, args), nprocs=world, join=True)
+        store = open_store(world)
+        mp.spawn(_worker, args=(fn, world, store.port, folder, args), nprocs=world, join=True)
         return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=True) for rank in range(world)]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from runs import write_text
 
+from coterie.benchmarks.pool import free_port
 from coterie.train.metrics import read_metrics
 from coterie.train.prepare import prepare
 
@@ -78,12 +78,6 @@ print(json.dumps(report))
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory):
     """Runs lives of one directory after another: run([(directory, kill), ...]) -> [(exit code, checkpoints), ...]."""
@@ -116,7 +110,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
                 "kill": kill,
                 "world": world,
                 "killed_rank": killed_rank,
-                "port": _free_port(),
+                "port": free_port(),
             }
             for d, kill in lives
         ]

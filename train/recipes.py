@@ -131,6 +131,11 @@ _PAPER: dict[str, tuple[str, int, float, float, float]] = {
     "1.3b_prmoe": ("gpt-1.3b-pr-moe", 512, 1.2e-4, 1.0e-6, 300e9),
     "1.3b_mos": ("gpt-1.3b-mos", 512, 1.2e-4, 1.0e-6, 300e9),
     "6.7b_dense": ("gpt-6.7b", 1024, 1.2e-4, 1.2e-5, 260e9),
+    # Models that the paper serves and does not train: batches and rates here are plans, not published numbers.
+    "2.4b_moe128": ("gpt-2.4b-moe-128", 512, 1.2e-4, 1.0e-6, 300e9),
+    "8b_moe128": ("gpt-8b-moe-128", 1024, 1.0e-4, 1.0e-6, 300e9),
+    "24b_moe128": ("gpt-24b-moe-128", 1024, 1.0e-4, 1.0e-6, 300e9),
+    "47b_moe128": ("gpt-47b-moe-128", 1024, 1.0e-4, 1.0e-6, 300e9),
 }
 
 

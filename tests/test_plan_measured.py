@@ -1,0 +1,43 @@
+"""Predicted bytes beside those that real training steps need: peaks of the allocator, and collectives by census."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from coterie.benchmarks.plan import CASES, REFERENCE, Case, calibrate, compare, prepare, weigh
+from coterie.benchmarks.pool import Pool
+from coterie.train.machines import MACHINES
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
+    pool = Pool(request.param)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", [case for case in CASES if case.world <= 2], ids=lambda case: case.name)
+def test_peaks_and_traffic_are_the_predicted_ones(pool: Pool, case: Case) -> None:
+    """Within a tenth; the traffic without balance is not exactly the expected one either."""
+    if pool.world != case.world:
+        pytest.skip("the other pool's")
+    pool.run(prepare, tuple(case))
+    rows = compare(case, pool.run(weigh), MACHINES["cpu"])
+    errors = {row.metric: row.value for row in rows if "error" in row.metric}
+    assert abs(errors["peak error"]) <= 10
+    assert case.world == 1 or abs(errors["bytes error"]) <= 5
+
+
+def test_the_reference_is_predicted_as_it_ran() -> None:
+    """Its own time is what calibrates; four ranks on two cores have half of one each."""
+    on = calibrate(MACHINES["cpu"], 5.0)
+    found = [{"peak": 1.0, "sent": 0.0}]
+    rows = {row.metric: row.value for row in compare(REFERENCE, found, on, [5.0]) if row.impl == "plan"}
+    assert rows["step"] == pytest.approx(5000)
+    assert rows["step error"] == pytest.approx(0, abs=1e-6)
+    shared = MACHINES["cpu"].shared(4)
+    assert (shared.fp32, shared.memory) == (MACHINES["cpu"].fp32 / 2, MACHINES["cpu"].memory / 2)
+    assert shared.intra.bandwidth == MACHINES["cpu"].intra.bandwidth / 2
+    assert MACHINES["cpu"].shared(1).fp32 == 2 * MACHINES["cpu"].fp32
+    assert MACHINES["h200"].shared(8) == MACHINES["h200"]
