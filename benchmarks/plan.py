@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -257,7 +258,8 @@ def _trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
             ]
             yield [Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), None) for text in texts]
 
-    return Trainer(model, LanguageModelling(), steps, config, ranks)
+    with tempfile.TemporaryDirectory() as folder:  # nothing is saved
+        return Trainer(model, LanguageModelling(), steps, replace(config, run_dir=folder), ranks)
 
 
 def peak_of(run: Callable[[], object]) -> int:

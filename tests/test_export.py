@@ -226,8 +226,8 @@ main(["export", *sys.argv[1:]])
     assert not list((tmp_path / "new").iterdir())
 
 
-# Reports by how much an export's greatest memory passes that before it, in bytes; mapped files count, and some 30 MB
-# of modules. (ru_maxrss would begin with that of the process which started this one.)
+# Reports by how much an export's greatest memory passes that before it, in bytes; mapped files count, with what the
+# system reads ahead, and some 30 MB of modules. (ru_maxrss would begin with that of the process that started it.)
 GROWTH = """
 import re, sys
 from coterie.models.tokenizer import Tokenizer
@@ -243,7 +243,7 @@ print(memory("VmHWM") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
 def test_memory_is_that_of_one_tensor(dtype: str, tmp_path: Path) -> None:
-    """A model of 281 MB whose largest tensor has 50 MB is exported in 50 MB and a constant."""
+    """A model of 281 MB whose largest tensor has 50 MB is exported in that, read ahead once, and a constant."""
     model = small_model()
     model = replace(model, layers=4, dim=512, heads=8, hidden=512, experts=(4, 16, 16, 16))
     config = small_config(tmp_path / "run", replace(model, moe=replace(model.moe, hidden=768)))
@@ -257,7 +257,7 @@ def test_memory_is_that_of_one_tensor(dtype: str, tmp_path: Path) -> None:
     words = [sys.executable, "-c", GROWTH, config.run_dir, str(tmp_path / "out"), dtype]
     done = subprocess.run(words, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert 0 < int(done.stdout) < max(sizes) + 96e6
+    assert 0 < int(done.stdout) < 2 * max(sizes) + 96e6 < 0.75 * sum(sizes)
     loaded = load_model(tmp_path / "out")
     kind = torch.float32 if dtype == "keep" else torch.bfloat16
     name = "blocks.3.moe.experts.w_out"

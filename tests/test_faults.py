@@ -108,13 +108,19 @@ def check_kills(folder: Path, layout: str, phases: tuple[str, ...], other: str) 
         assert alike(story(folder / f"{phase} left"), whole), phase
 
 
-@pytest.mark.dist
-def test_a_rank_killed_in_the_all_to_all(folder: Path) -> None:
-    check_kills(folder, "ep2", ("exchange",), "one")
+OTHER = {"dp2": "one", "ep2": "dp2", "tp2": "ep2", "dp2 x ep2": "ep2"}
+SOME = {"dp2": ("forward", "save"), "ep2": ("exchange",), "tp2": ("backward",), "dp2 x ep2": ("optimizer",)}
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "other"), [("dp2", "one"), ("ep2", "dp2"), ("tp2", "ep2"), ("dp2 x ep2", "ep2")])
-def test_a_rank_killed_in_any_phase(layout: str, other: str, folder: Path) -> None:
-    check_kills(folder, layout, PHASES, other)
+@pytest.mark.parametrize("layout", OTHER)
+def test_a_rank_killed_in_some_phase(layout: str, folder: Path) -> None:
+    check_kills(folder, layout, SOME[layout], OTHER[layout])
+
+
+@pytest.mark.dist
+@pytest.mark.long
+@pytest.mark.parametrize("layout", OTHER)
+def test_a_rank_killed_in_any_phase(layout: str, folder: Path) -> None:
+    check_kills(folder, layout, PHASES, OTHER[layout])
