@@ -5,6 +5,7 @@ Shapes: P ranks of a group, B sequences, S positions in all, s = S / P of one ra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .collectives import all_reduce_sum
+
+Way = Callable[[Tensor], Tensor]
 
 # torch 2.13 renamed them; the older names warn there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -27,7 +30,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def gather_sequence(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, s, ...) of every rank to the whole (B, S, ...). Backward sums the ranks' gradients and returns each its
     own positions' part."""
-    return x_BsD if group.size() == 1 else _Gather.apply(x_BsD, group)
+    return _carry(x_BsD, _gather, _scatter, group)
 
 
 def scatter_sequence(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -36,12 +39,12 @@ def scatter_sequence(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     Raises:
         ValueError: the sequence does not divide over the ranks.
     """
-    return x_BSD if group.size() == 1 else _Scatter.apply(x_BSD, group)
+    return _carry(x_BSD, _scatter, _gather, group)
 
 
 def share(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Identity. Its gradient is summed over the ranks: for a weight that all hold and each uses for another part."""
-    return x if group.size() == 1 else _Share.apply(x, group)
+    return _carry(x, lambda x, _: x.view_as(x), all_reduce_sum, group)
 
 
 def once(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -49,7 +52,7 @@ def once(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     The gradient passes on every rank as it is: after the sum, all ranks have that of the whole.
     """
-    return x if group.size() == 1 else _Once.apply(x, group.rank() == 0)
+    return _carry(x, lambda x, g: x.view_as(x) if g.rank() == 0 else torch.zeros_like(x), lambda x, _: x, group)
 
 
 def own_positions(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -61,77 +64,31 @@ def own_positions(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def gather_rows(x_RD: Tensor, rows_P: list[int], group: dist.ProcessGroup) -> Tensor:
     """The rows of all ranks in their order, (Q, D), rank p having rows_P[p]. Backward sums, as `scatter_rows`."""
-    return x_RD if group.size() == 1 else _GatherRows.apply(x_RD, rows_P, group)
+    return _carry(x_RD, _gather_rows, _scatter_rows, group, rows_P)
 
 
 def scatter_rows(x_QD: Tensor, rows_P: list[int], group: dist.ProcessGroup) -> Tensor:
     """Sums the ranks' (Q, D), in their order, and returns each its own rows, (R, D): the inverse of a gather."""
-    return x_QD if group.size() == 1 else _ScatterRows.apply(x_QD, rows_P, group)
+    return _carry(x_QD, _scatter_rows, _gather_rows, group, rows_P)
 
 
-class _Gather(torch.autograd.Function):
+def _carry(x: Tensor, there: Callable[..., Tensor], back: Callable[..., Tensor], group: Any, *sizes: Any) -> Tensor:
+    if group.size() == 1:
+        return x
+    return _Carry.apply(x, lambda x: there(x, *sizes, group), lambda x: back(x, *sizes, group))
+
+
+class _Carry(torch.autograd.Function):
+    """A linear way `there`; the gradient takes the way `back`."""
+
     @staticmethod
-    def forward(ctx: Any, x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(x_BsD, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _scatter(grads[0], ctx.group), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _scatter(x_BSD, group)
+    def forward(ctx: Any, x: Tensor, there: Way, back: Way) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _gather(grads[0], ctx.group), None
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, rows_P: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.settings = rows_P, group
-        return _gather_rows(x_RD, rows_P, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _scatter_rows(grads[0], *ctx.settings), None, None
-
-
-class _ScatterRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_QD: Tensor, rows_P: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.settings = rows_P, group
-        return _scatter_rows(x_QD, rows_P, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _gather_rows(grads[0], *ctx.settings), None, None
-
-
-class _Share(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return all_reduce_sum(grads[0], ctx.group), None
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, first: bool) -> Tensor:
-        return x.view_as(x) if first else torch.zeros_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None
+        return ctx.back(grads[0]), None, None
 
 
 def _gather(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
