@@ -109,6 +109,7 @@ def test_a_rank_that_hangs_is_told_of_ended_and_started_again(data: Path, tmp_pa
     assert story(run) == story(whole)
 
 
+@pytest.mark.long
 def test_a_lost_node_leaves_a_smaller_world(data: Path, tmp_path: Path) -> None:
     """Both nodes, then the first one alone: its steps are those of one rank that begins from the same checkpoint."""
     run, alone = tmp_path / "run", tmp_path / "alone"
