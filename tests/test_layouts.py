@@ -64,7 +64,7 @@ GRID = [
     Case(4, {"dp_replicate": 2, "tp": 2}, "gpt2"),
     Case(4, {"dp_replicate": 2, "tp": 2, "ep": 4}),
     Case(4, {"etp": 4, "dp_replicate": 4}),
-    Case(8, {"ep": 8}, recompute="selective"),  # DeepSpeed-MoE's pyramid in miniature: EP 2 / 4 / 8 x 4 / 2 / 1 copies
+    Case(8, {"ep": 8}, recompute="selective"),  # DeepSpeed-MoE's pyramid: EP 2 / 4 / 8, 4 / 2 / 1 copies
     Case(8, {"ep": 2}),
     Case(8, {"tp": 2, "ep": 8}),
     Case(8, {"tp": 4, "ep": 4, "etp": 2}, "gpt2"),
