@@ -90,6 +90,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return said
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_is_told_of_ended_and_started_again(data: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     more = ("--steps", "60", "--checkpoint.every", "5", "--parallel.ep", "2", "--parallel.timeout-s", "5")
