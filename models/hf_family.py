@@ -101,7 +101,9 @@ class Fields:
         value = self.value(name, absent=known[0] if absent is _NEEDED and None in known else absent)
         if value is not None and value not in known:
             has = " or ".join(repr(one) for one in known if one is not None)
-            self.problems.append(f"{name} is {_short(value)}, which coterie lacks" + (f" (it has {has})" if has else ""))
+            self.problems.append(
+                f"{name} is {_short(value)}, which coterie lacks" + (f" (it has {has})" if has else "")
+            )
 
     def rope(self, absent: float = _NEEDED) -> dict[str, Any]:
         """rope_theta and rope_scaling of `ModelConfig`, from rope_parameters or from the older two keys."""
@@ -148,7 +150,7 @@ class Fields:
     def leftover(self) -> None:
         """Refuses what nobody asked for, unless it is known to change nothing or says nothing."""
         for name, value in self._data.items():
-            if name in self._asked or not value and type(value) not in (int, float):
+            if name in self._asked or (not value and type(value) not in (int, float)):
                 continue
             if name in _LACKING:
                 self.problems.append(f"{name}: {_LACKING[name]}")

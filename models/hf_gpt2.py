@@ -104,6 +104,4 @@ def _mlp(ours: str, theirs: str, dim: int, hidden: int) -> dict[str, list[Part]]
     }
 
 
-GPT2 = Family(
-    "gpt2", "GPT2LMHeadModel", _read, _write, _table, r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
-)
+GPT2 = Family("gpt2", "GPT2LMHeadModel", _read, _write, _table, r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")

@@ -38,7 +38,7 @@ class Style(NamedTuple):
     experts: str = ""
     """Names of the experts' tensors: w1 (Mixtral) or gate_proj; "": a dense model."""
     own_width: bool = False
-    """Experts have moe_intermediate_size, and some layers may be dense; else all are sparse and of intermediate_size."""
+    """Experts have moe_intermediate_size and layers may be dense; else all are sparse, of intermediate_size."""
     renormalize: bool = False
     """Weights of the chosen experts are always divided by their sum; else norm_topk_prob says it."""
     shared: bool = False
@@ -282,7 +282,9 @@ def _sparse(
         gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
         names = [(e, f"{theirs}.experts.{e}") for e in range(experts)]
         table[f"{ours}.experts.w_in"] = [
-            Part(f"{name}.{one}.weight", (hidden, dim), at=(e, i)) for e, name in names for i, one in enumerate((gate, up))
+            Part(f"{name}.{one}.weight", (hidden, dim), at=(e, i))
+            for e, name in names
+            for i, one in enumerate((gate, up))
         ]
         table[f"{ours}.experts.w_out"] = [Part(f"{name}.{down}.weight", (dim, hidden), at=(e,)) for e, name in names]
     if style.shared:
