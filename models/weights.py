@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ..parallel.tensor import local_part
 from .config import ModelConfig
+from .files import is_there, read_json
 from .gpt import GPT
 from .shards import local_box
 from .tensor_files import FILE_BYTES, KINDS, Drafts, Head, StoredTensors, write_tensors
@@ -83,15 +84,9 @@ def read_config(directory: str | Path) -> ModelConfig:
         ValueError: it is not one of ours.
     """
     file = Path(directory) / "config.json"
-    if not file.exists():
+    if not is_there(file):
         raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return config_from_dict(data)
+    return config_from_dict(read_json(file))
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -170,7 +165,7 @@ def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dty
     config, stored = read_config(folder), StoredTensors(folder)
     if config.layers > len(stored.names()):
         raise ValueError(f"{stored.source} does not fit the model: {config.layers} layers need more tensors")
-    model = GPT(config, device="meta")
+    model = outline(config)
     _check_fit(model.state_dict(), stored)  # before memory is taken for what a wrong config asks for
     kind = STORED_DTYPES[stored.kind("embed.weight")] if dtype is None else dtype
     for module in model.modules():
@@ -180,6 +175,18 @@ def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dty
     model.to_empty(device=device)
     _read(stored, model)
     return model
+
+
+def outline(config: ModelConfig) -> GPT:
+    """The model without its tensors' memory.
+
+    Raises:
+        ValueError: sizes that no tensor can have.
+    """
+    try:
+        return GPT(config, device="meta")
+    except (RuntimeError, OverflowError, TypeError):
+        raise ValueError("config.json asks for tensors larger than any can be") from None
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
