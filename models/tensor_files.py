@@ -25,19 +25,21 @@ FILE_BYTES = 5 * 10**9
 
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Types of weights, in safetensors' words."""
-STORED = {kind: dtype for dtype, kind in KINDS.items()} | {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""What a safetensors file can hold."""
 HEADER_BYTES = 2**24
 MOST_AXES, MOST_SIZE = 16, 2**40
+
+WORDS = KINDS | {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+"""All types that a file may hold."""
+_DTYPES = {kind: dtype for dtype, kind in WORDS.items()}
 
 
 class Head(NamedTuple):
@@ -109,9 +111,9 @@ class StoredTensors:
             ValueError: PyTorch has none for it.
         """
         kind = self.kind(name)
-        if kind not in STORED:
-            raise ValueError(f"{self.source}: {name} is stored as {kind}, expected one of {', '.join(STORED)}")
-        return STORED[kind]
+        if kind not in _DTYPES:
+            raise ValueError(f"{self.source} stores {name} as {kind}, which is no type of a weight")
+        return _DTYPES[kind]
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
         """A box of one tensor, on the CPU; no more of the file is read.
