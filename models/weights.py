@@ -56,13 +56,22 @@ def _build(kind: type, data: dict[str, Any], prefix: str, problems: list[str]) -
         hint = hints.get(name)
         if hint is None:
             problems.append(f"unknown field {prefix}{name}")
-        elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
-            values[name] = _build(hint, value, f"{prefix}{name}.", problems)  # type: ignore[arg-type]
+        elif (inner := _dataclass(hint)) is not None and isinstance(value, dict):
+            values[name] = _build(inner, value, f"{prefix}{name}.", problems)
         elif not _fits(hint, value):
             problems.append(f"{prefix}{name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
         else:
             values[name] = tuple(value) if isinstance(value, list) else value
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    lacking = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING and f.name not in data]
+    problems += [f"{prefix.removesuffix('.')} lacks {name}" for name in lacking]
     return None if problems else kind(**values)
+
+
+def _dataclass(hint: Any) -> type | None:
+    """The dataclass that a field holds, perhaps or None."""
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return next((part for part in parts if dataclasses.is_dataclass(part)), None)  # type: ignore[return-value]
 
 
 def _fits(hint: Any, value: Any) -> bool:
