@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_close_rms
+from hf_models import CASES, FAMILIES, POSITIONS, opened, saved, tokens_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coterie.infer.cache import DenseCache
 from coterie.models.gpt import GPT
 from coterie.models.weights import load_model, open_model
-from tests.helpers import assert_close_rms
-from tests.hf_models import CASES, FAMILIES, POSITIONS, opened, saved, tokens_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -70,7 +70,7 @@ def test_every_layout_on_disk(tmp_path: Path, family: str, seed: int) -> None:
     """Stacked experts, files cut by an index, names without their first word, and the older config.json."""
     theirs = saved(tmp_path / "one", family, seed)
     expected = load_model(tmp_path / "one").state_dict()
-    saved(tmp_path / "cut", family, seed, max_shard_size="2KB")
+    saved(tmp_path / "cut", family, seed, max_shard_size="1KB")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
     saved(tmp_path / "stacked", family, seed)
     save_file(_in_memory(theirs), tmp_path / "stacked" / "model.safetensors")
