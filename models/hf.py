@@ -36,8 +36,9 @@ def config_of(data: dict[str, Any]) -> ModelConfig:
         return config_from_dict(data)
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join((MODEL_TYPE, *FAMILIES))
-        why = f" does not read yet, for {_NOT_YET[kind]}" if kind in _NOT_YET else " does not know"
-        raise ValueError(f"config.json has model_type {kind!r}, which coterie{why}: it reads {known}")
+        why = "does not know" if str(kind) not in _NOT_YET else f"does not read yet, because of {_NOT_YET[kind]}"
+        said = "no model_type" if kind is None else f"model_type {kind!r}, which coterie {why}"
+        raise ValueError(f"config.json has {said}: coterie reads {known}")
     fields, config, trouble = Fields(data), None, None
     try:
         config = FAMILIES[kind].read(fields)
