@@ -139,13 +139,16 @@ class Inward:
 
     def _copy(self, target: Tensor, part: Part, shape: tuple[int, ...], box: Box) -> None:
         for ours, theirs in _runs(shape, part.region, box):
-            found = self._theirs.read(part.name, part.stored(theirs))
-            found = found.mT if part.transposed and found.dim() > 1 else found
-            sizes = [b.stop - b.start for b in ours]
             inside = tuple(
                 slice(b.start - whole.start, b.stop - whole.start) for b, whole in zip(ours, box, strict=True)
             )
-            target[inside].copy_(found.reshape(sizes))
+            here, sizes = target[inside], [b.stop - b.start for b in theirs]
+            if not part.transposed and here.is_contiguous():
+                fill(self._theirs, here.view(sizes), part.name, part.stored(theirs))
+                continue
+            found = self._theirs.read(part.name, part.stored(theirs))
+            found = found.mT if part.transposed and found.dim() > 1 else found
+            here.copy_(found.reshape(here.shape))
 
 
 class Outward:
@@ -183,6 +186,16 @@ class Outward:
             found = self._ours.read(ours, at + rest).reshape(part.region)
             whole[part.stored(region)] = found.mT if part.transposed and found.dim() > 1 else found
         return whole[box] if box else whole
+
+
+def fill(source: Source, target: Tensor, name: str, box: Box) -> None:
+    """Copies a box of one tensor into `target`, of the box's shape and any type or device: without holding it twice
+    where the source can do that."""
+    direct = getattr(source, "fill", None)
+    if direct is None:
+        target.copy_(source.read(name, box))
+    else:
+        direct(target, name, box)
 
 
 def pieces(source: Source, name: str, size: int = PIECE) -> Iterator[Tensor]:

@@ -20,9 +20,10 @@ from .config_file import MODEL_TYPE, config_to_dict
 from .files import is_there, read_json
 from .gpt import GPT
 from .hf import FAMILIES, config_of, inward, outline, shapes_of
-from .parts import Inward, Source
+from .parts import Source, fill
 from .shards import local_box
-from .tensor_files import FILE_BYTES, KINDS, WORDS, Drafts, Head, StoredTensors, write_tensors
+from .stored import StoredTensors
+from .tensor_files import FILE_BYTES, KINDS, WORDS, Drafts, Head, write_tensors
 from .tokenizer import Tokenizer
 
 
@@ -187,8 +188,4 @@ def _check_fit(wanted: Mapping[str, tuple[int, ...]], stored: Source) -> None:
 @torch.no_grad()
 def _read(stored: Source, model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
-        target, box = local_part(tensor), local_box(tensor)
-        if isinstance(stored, Inward):
-            stored.fill(target, name, box)
-        else:
-            target.copy_(stored.read(name, box))
+        fill(stored, local_part(tensor), name, local_box(tensor))

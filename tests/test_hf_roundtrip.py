@@ -17,7 +17,7 @@ from coterie.models.hf import FAMILIES as TABLE
 from coterie.models.hf import config_of, inward, outward, same_function, shapes_of, upstream
 from coterie.models.parts import Box
 from coterie.models.presets import PRESETS
-from coterie.models.tensor_files import StoredTensors
+from coterie.models.stored import StoredTensors
 from coterie.models.weights import load_model, open_model
 from coterie.moe.config import GateConfig, MoEConfig
 

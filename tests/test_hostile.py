@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from coterie.models import files
 from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT
-from coterie.models.tensor_files import HEADER_BYTES, StoredTensors, all_finite
+from coterie.models.stored import HEADER_BYTES, StoredTensors, all_finite
 from coterie.models.tokenizer import Tokenizer, train_bpe
 from coterie.models.weights import load_model, read_config, save_model
 from coterie.moe.config import MoEConfig
