@@ -132,8 +132,9 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     options = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    pieces = stream_text(model, text, max_new_tokens, device=device or None, **options)
     print(text, end="", flush=True)
-    for piece in stream_text(model, text, max_new_tokens, device=device or None, **options):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

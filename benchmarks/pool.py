@@ -17,6 +17,12 @@ import torch.multiprocessing as mp
 TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 
+def preload() -> None:
+    """Has the process from which ranks are forked import what they need, once for all of them."""
+    names = ["torch.distributed.fsdp", "coterie.models.parallelize", "coterie.train.loop"]
+    mp.get_context("forkserver").set_forkserver_preload(names)
+
+
 def free_port() -> int:
     """A port of the loopback device that nobody listens on now."""
     with socket.socket() as s:
@@ -89,8 +95,8 @@ class Pool:
         return [torch.load(name, weights_only=True) for name in names]
 
     def _start(self) -> None:
+        preload()
         context, self._store = mp.get_context("forkserver"), open_store(self.world)
-        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor"])  # once for all ranks
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(

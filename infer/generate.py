@@ -153,7 +153,7 @@ def stream_text(
 ) -> Iterator[str]:
     """Pieces of the text that continues `prompt`, until the model ends the document or `max_new_tokens` are out.
 
-    An empty prompt starts a new document.
+    An empty prompt starts a new document. This call itself refuses, before any piece is asked for.
 
     Raises:
         FileNotFoundError, ValueError: as `open_model` and `generate`; or the model has no tokenizer.
@@ -170,11 +170,15 @@ def stream_text(
     except UnicodeEncodeError:  # how Python hands over bytes of a command line that are no UTF-8
         raise ValueError("the prompt is not UTF-8 text: change its encoding") from None
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    stream = TextStream(tokenizer)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    for next_B in generate(
-        model, torch.tensor([ids]), max_new_tokens, **settings, seed=seed, eos_id=tokenizer.eos_id
-    ):
+    tokens_BS = torch.tensor([ids])
+    steps = generate(model, tokens_BS, max_new_tokens, **settings, seed=seed, eos_id=tokenizer.eos_id)
+    return _pieces(steps, tokenizer)
+
+
+def _pieces(steps: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[str]:
+    stream = TextStream(tokenizer)
+    for next_B in steps:
         token = int(next_B[0])
         if token != tokenizer.eos_id:
             yield stream.push(token)

@@ -76,6 +76,7 @@ class Drafts:
         self._trouble: Exception | None = None
         self._hidden: Path | None = None
         self._map: dict[str, str] = {}
+        self._dropped: list[str] = []
         self._bytes = 0
         self._file: BinaryIO | None = None
         self._name = ""
@@ -90,6 +91,10 @@ class Drafts:
     def text(self, name: str, content: str) -> None:
         """Adds a text file."""
         self._attempt(name, lambda file: file.write_text(content, encoding="utf-8"))
+
+    def drop(self, name: str) -> None:
+        """What the directory holds under this name goes when the files are put in place."""
+        self._dropped.append(name)
 
     def begin(self, name: str, heads: Mapping[str, Head]) -> None:
         """Begins a safetensors file; its tensors follow by `append`, in this order."""
@@ -155,6 +160,8 @@ class Drafts:
         for old in (folder / WEIGHTS, *folder.glob("model-?????-of-?????.safetensors")):
             if old.name not in files:
                 old.unlink(missing_ok=True)
+        for name in self._dropped:
+            (folder / name).unlink(missing_ok=True)
 
     def _attempt(self, name: str, write: Any) -> None:
         if self._trouble is not None or self._hidden is None:

@@ -11,6 +11,7 @@ import tokenizers
 from .files import TOKENIZER_BYTES, checked_size, is_there, read_json
 
 EOS = "<|endoftext|>"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # What published tokenizers call the end of a document, likeliest first.
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
@@ -80,7 +81,7 @@ class Tokenizer:
         usual = [i for name in _EOS_NAMES if (i := self._inner.token_to_id(name)) is not None]
         if usual[:1] != [self.eos_id]:
             eos = {"eos_token": self._inner.id_to_token(self.eos_id)}
-            files["tokenizer_config.json"] = json.dumps(eos, indent=2) + "\n"
+            files[TOKENIZER_CONFIG] = json.dumps(eos, indent=2) + "\n"
         return files
 
 
@@ -113,7 +114,7 @@ class TextStream:
 
 def _config_beside(file: Path) -> Path:
     """tokenizer_config.json, and for NAME.tokenizer.json NAME.tokenizer_config.json."""
-    return file.with_name(file.name.removesuffix(".json").removesuffix("tokenizer") + "tokenizer_config.json")
+    return file.with_name(file.name.removesuffix(".json").removesuffix("tokenizer") + TOKENIZER_CONFIG)
 
 
 def _told_eos(config: Path) -> str | None:

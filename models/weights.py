@@ -24,7 +24,7 @@ from .parts import Source, fill
 from .shards import local_box
 from .stored import StoredTensors
 from .tensor_files import FILE_BYTES, KINDS, WORDS, Drafts, Head, write_tensors
-from .tokenizer import Tokenizer
+from .tokenizer import TOKENIZER_CONFIG, Tokenizer
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -118,8 +118,12 @@ def begin_model(directory: str | Path, config: ModelConfig, tokenizer: Tokenizer
     """The drafts of a model directory with all but its tensors; `publish` puts it in place."""
     drafts = Drafts(Path(directory))
     drafts.text("config.json", json.dumps(config_to_dict(config), indent=2) + "\n")
-    for name, text in ({} if tokenizer is None else tokenizer.files()).items():
-        drafts.text(name, text)
+    if tokenizer is not None:
+        files = tokenizer.files()
+        for name, text in files.items():
+            drafts.text(name, text)
+        if TOKENIZER_CONFIG not in files:
+            drafts.drop(TOKENIZER_CONFIG)  # of an earlier tokenizer: it would tell where documents end
     return drafts
 
 

@@ -101,6 +101,7 @@ class Gate(nn.Module):
         replay_TK: Tensor | None = None,
         history_E: Tensor | None = None,
         generator: torch.Generator | None = None,
+        losses: bool = True,
     ) -> Routing:
         """Routes T tokens.
 
@@ -112,6 +113,7 @@ class Gate(nn.Module):
             history_E: this rank's `asked_E` of the earlier micro-batches of the same optimizer step. The global
                 scope adds them, so the last micro-batch sees the whole batch's fractions (arXiv 2501.11873).
             generator: draws the noise in place of the layer's own.
+            losses: False leaves aux, z and the entropy at 0, as generation reads none of them.
         """
         if generator is None:
             generator = self._own_generator(x_TD.device, replaying=replay_TK is not None)
@@ -122,6 +124,22 @@ class Gate(nn.Module):
         tokens = torch.full((), len(x_TD), device=x_TD.device) if valid_T is None else valid_T.sum()
         ids_TK, kept_E = self._drop(gated, None if valid_T is None else tokens, generator)
         weights_TK = self._weigh(gated, ids_TK)
+        aux = z = entropy = logits_TE.new_zeros(())
+        balance = None
+        if losses:
+            aux, z, entropy, balance = self._losses(logits_TE, gated, valid_T, sequence_length, history_E)
+        stats = Stats(gated.counts_E, kept_E, entropy, kept_E.sum(), tokens)
+        return Routing(gated.ids_TK, ids_TK, weights_TK, aux, z, stats, balance)
+
+    def _losses(
+        self,
+        logits_TE: Tensor,
+        gated: Gated,
+        valid_T: Tensor | None,
+        sequence_length: int | None,
+        history_E: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Balance | None]:
+        """aux, z and balance as `Routing` has them, and the entropy of `Stats`: third of the four."""
         probs_TE = self._probs(gated.scores_TE, valid_T)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.aux_weight > 0):
             aux, balance = self._aux(probs_TE, gated, sequence_length, history_E)
@@ -129,8 +147,7 @@ class Gate(nn.Module):
             z = z_loss(logits_TE, valid_T)
         with torch.no_grad():
             entropy = torch.special.entr(probs_TE).sum() / math.log(max(self.num_experts, 2))
-        stats = Stats(gated.counts_E, kept_E, entropy, kept_E.sum(), tokens)
-        return Routing(gated.ids_TK, ids_TK, weights_TK, aux, z, stats, balance)
+        return aux, z, entropy, balance
 
     def _logits(self, x_TD: Tensor, generator: torch.Generator | None) -> Tensor:
         x_TD = x_TD.float()

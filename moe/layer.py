@@ -61,6 +61,7 @@ class MoE(nn.Module):
         *,
         replay_TK: Tensor | None = None,
         history_E: Tensor | None = None,
+        losses: bool = True,
     ) -> MoEOutput:
         """See `Gate.forward` for the arguments."""
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
@@ -70,6 +71,7 @@ class MoE(nn.Module):
             sequence_length=x_BSD.shape[-2],
             replay_TK=replay_TK,
             history_E=history_E,
+            losses=losses,
         )
         finish = self.dispatch.start(x_TD, routing)  # rows travel while the dense parts compute
         mix_T2, residual_TD, shared_TD = self._beside(x_TD)

@@ -15,8 +15,8 @@ import torch._C._distributed_c10d as c10d
 
 from .collectives import size
 
-STATUS = 2
-"""The exit status of a rank that was ended so."""
+STATUS = 1
+"""The exit status of a rank that was ended so: a restart may help."""
 
 
 class Watchdog(threading.Thread):

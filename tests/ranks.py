@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from coterie.benchmarks.pool import Pool, open_rank, open_store
+from coterie.benchmarks.pool import Pool, open_rank, open_store, preload
 
 __all__ = ["Pool", "run_ranks"]
 
@@ -25,9 +25,10 @@ def _worker(rank: int, fn: Callable[..., Any], world: int, port: int, folder: st
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-    """Calls `fn(rank, world, *args)` on `world` spawned gloo ranks; returns what each gave (tensors, numbers,
+    """Calls `fn(rank, world, *args)` on `world` new gloo ranks; returns what each gave (tensors, numbers,
     strings and containers of them). `fn` must live at the top of its test file."""
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(world)
-        mp.spawn(_worker, args=(fn, world, store.port, folder, args), nprocs=world, join=True)
+        preload()
+        mp.start_processes(_worker, (fn, world, store.port, folder, args), world, start_method="forkserver")
         return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=True) for rank in range(world)]

@@ -58,12 +58,12 @@ def test_unseen_tokens_cost_a_finite_loss() -> None:
 
 
 @pytest.mark.slow
-def test_five_million_tokens_take_seconds() -> None:
+def test_a_million_tokens_take_seconds() -> None:
     rng = np.random.default_rng(1)
-    tokens = np.minimum(rng.zipf(1.2, 5_000_000), 4096) - 1
+    tokens = np.minimum(rng.zipf(1.2, 1_000_000), 4096) - 1
     start = time.process_time()
     baselines(tokens, tokens[:100_000], vocab_size=4096)
-    assert time.process_time() - start < 30
+    assert time.process_time() - start < 6
 
 
 def test_corpus_is_the_same_every_time(tmp_path: Path) -> None:

@@ -178,6 +178,23 @@ def test_a_model_is_replaced_when_forced(run: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*FILES, "tokenizer.json"]
 
 
+def test_no_file_of_the_former_tokenizer_is_left(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where documents end is told by the new tokenizer; one that lies there is kept where there is no new one."""
+    told = tmp_path / "data.tokenizer_config.json"
+    told.write_text('{"eos_token": "m"}')
+    export(run, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").exists()
+    (tmp_path / "out" / "notes.txt").touch()
+    told.unlink()
+    export(run, tmp_path / "out", force=True)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*FILES, "notes.txt", "tokenizer.json"]
+    assert Tokenizer(tmp_path / "out").eos_id == Tokenizer(tmp_path / "data.tokenizer.json").eos_id
+    (tmp_path / "data.tokenizer.json").unlink()
+    export(run, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert f"data.tokenizer.json is not there: {tmp_path / 'out'} keeps the tokenizer that it had" in caplog.text
+
+
 def _other_prints(manifest: dict[str, Any]) -> None:
     prints = manifest["experts"]["model.blocks.2.moe.experts.w_out"]
     prints[0], prints[2] = prints[2], prints[0]

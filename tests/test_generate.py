@@ -8,6 +8,7 @@ import torch
 from helpers import assert_close_rms
 from torch import Tensor
 
+from coterie.cli import main
 from coterie.infer.cache import DenseCache
 from coterie.infer.generate import generate, open_model, stream_text
 from coterie.infer.sampler import sample
@@ -16,6 +17,7 @@ from coterie.models.gpt import GPT
 from coterie.models.tokenizer import train_bpe
 from coterie.models.weights import save_model
 from coterie.moe.config import GateConfig, MoEConfig
+from coterie.moe.gate import Gate
 
 MODERN = ModelConfig(
     vocab_size=300,
@@ -61,6 +63,15 @@ def test_a_cached_pass_equals_a_whole_one(config: ModelConfig, pieces: list[int]
         logits_BSV = model(part_BS, cache=cache).logits_BSV
         cache.advance(part_BS.shape[1])
         assert_close_rms(logits_BSV, expected_BSV[:, old : cache.length], 1e-5)
+
+
+def test_a_cached_pass_computes_nothing_that_only_training_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens_BS = _model(MODERN), torch.randint(0, 300, (3, 5))
+    assert model(tokens_BS).aux > 0
+    monkeypatch.setattr(Gate, "_losses", lambda *_: pytest.fail("the router's losses were computed"))
+    out = model(tokens_BS, cache=DenseCache(MODERN, 3, 5))
+    assert [out.aux, out.z, *(s.entropy for s in out.stats)] == [0, 0, 0, 0]
+    assert out.stats[0].asked_E.sum() == tokens_BS.numel() * MODERN.moe.top_k
 
 
 def test_a_full_cache_refuses() -> None:
@@ -217,6 +228,18 @@ def test_models_open_by_their_directory_or_their_run(folder: Path) -> None:
     assert not (folder / "model" / "model.safetensors").exists()
     for path in (folder, folder / "model"):
         assert "".join(stream_text(path, "hello", 10, device="cpu", temperature=0)) == "".join(pieces)
+
+
+def test_the_command_refuses_before_it_writes(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["generate", str(folder), "--prompt", "hello", "--device", "cpu", "--max-new-tokens"]
+    with pytest.raises(SystemExit):
+        main([*words, "4000"])
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("coterie: ")
+    assert "pass the model's 40 positions" in said.err
+    main([*words, "4"])
+    assert capsys.readouterr().out.startswith("hello")
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99"])

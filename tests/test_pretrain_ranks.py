@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import write_text
 
 from coterie.train import launch as launch_file
+from coterie.train import pretrain
 from coterie.train.launch import launch
 from coterie.train.manifest import list_checkpoints
 from coterie.train.prepare import prepare
@@ -53,7 +55,8 @@ def test_what_needs_no_rank_is_refused_before_one_starts(tmp_path: Path, monkeyp
 
 @pytest.mark.dist
 def test_what_the_ranks_refuse_is_one_sentence(tmp_path: Path) -> None:
-    words = command(tmp_path / "nowhere", tmp_path / "run", 2)
+    """Once: restarts are not for what would be refused again."""
+    words = [*command(tmp_path / "nowhere", tmp_path / "run", 2), "--restarts", "2"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("coterie: there is no ")
@@ -89,6 +92,32 @@ def test_a_killed_rank_is_named(monkeypatch, capsys) -> None:
     monkeypatch.setattr(run, "run", fail)
     assert launch(2, ["tiny"]) == 128 + signal.SIGKILL
     assert "coterie: rank 1 was killed by SIGKILL, most likely for want of memory" in capsys.readouterr().err
+
+
+def test_ranks_are_started_again_unless_they_told_why_not(monkeypatch, capsys) -> None:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    jobs: list[str] = []
+
+    def fail(arguments: Any) -> None:
+        jobs.append(arguments.rdzv_id)
+        code = codes[len(jobs) - 1]
+        if code:
+            raise ChildFailedError("name", {1: ProcessFailure(1, 77, code, "<N/A>")})
+
+    monkeypatch.setattr(run, "run", fail)
+    for codes, status in (
+        ([1, -signal.SIGKILL, 0], 0),
+        ([1, pretrain.REFUSED], pretrain.REFUSED),
+        ([1, 1, 1], 1),
+        ([1, 1, -signal.SIGKILL], 128 + signal.SIGKILL),
+    ):
+        jobs.clear()
+        assert launch(2, ["tiny"], 2) == status
+        assert len(jobs) == len(codes)
+        assert len(set(jobs)) == 1, "lives of one run have one name"
+    assert capsys.readouterr().err.count("\n") == 1, "a death that a restart mends is no news"
 
 
 def _alive(run: Path) -> list[str]:

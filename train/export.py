@@ -63,7 +63,7 @@ def export(
     manifest, stored = read_manifest(checkpoint), StoredState(checkpoint)
     config: ModelConfig = from_dict(manifest["model"], ModelConfig)
     heads = _heads(checkpoint, config, stored, None if dtype == "keep" else getattr(torch, dtype))
-    drafts = begin_model(output, config, _tokenizer(checkpoint.parent.parent))
+    drafts = begin_model(output, config, _tokenizer(checkpoint.parent.parent, output))
     try:
         _write(drafts, heads, stored, checkpoint, manifest.get("experts", {}), limit)
     except BaseException:
@@ -163,8 +163,8 @@ def tokenizer_path(data: DataConfig) -> Path:
     return Path(data.tokenizer or f"{data.train[0]}.tokenizer.json")
 
 
-def _tokenizer(run: Path) -> Tokenizer | None:
-    """The run's, from where its data was, or from the model that it exported at its end."""
+def _tokenizer(run: Path, output: Path) -> Tokenizer | None:
+    """The run's, from where its data was, or from the model that it exported at its end; None leaves `output`'s."""
     paths = [run / "model" / "tokenizer.json"]
     try:
         told: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -175,5 +175,7 @@ def _tokenizer(run: Path) -> Tokenizer | None:
     for path in paths:
         if path.exists():
             return Tokenizer(path)
-    log.warning(f"{paths[0]} is not there: the model is exported without a tokenizer, put tokenizer.json beside it")
+    kept = (output / "tokenizer.json").exists()
+    without = "the model is exported without a tokenizer, put tokenizer.json beside it"
+    log.warning(f"{paths[0]} is not there: {f'{output} keeps the tokenizer that it had' if kept else without}")
     return None

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 
 from . import pretrain
@@ -21,7 +22,8 @@ def launch(ranks: int, arguments: Sequence[str], restarts: int = 0) -> int:
     rank has been told by that rank.
 
     Args:
-        restarts: how often all ranks are started again, from the newest checkpoint, when one has failed.
+        restarts: how often all ranks are started again, from the newest checkpoint, when one has failed; a rank
+            that told why the run cannot be ends it.
 
     Raises:
         ValueError: what can be refused without a rank, in one sentence.
@@ -50,16 +52,22 @@ def _torchrun(ranks: int, restarts: int, arguments: Sequence[str]) -> int:
 
     os.environ[OWN_STORE] = "1"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    words = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
-    words += ["-m", "coterie.train.pretrain", *arguments]
+    # As --standalone has it, but with one name for all lives: by it they know each other (lives.py).
+    words = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", str(uuid.uuid4())]
+    words += ["--nproc-per-node", str(ranks), "-m", "coterie.train.pretrain", *arguments]
     with _handlers_kept():
-        try:
-            run.run(run.parse_args(words))
-        except SignalException as stopped:  # the ranks have got it too, and have saved
-            return 128 + stopped.sigval
-        except ChildFailedError as error:
-            return _status(error)
-    return 0
+        while True:
+            try:
+                run.run(run.parse_args(words))
+            except SignalException as stopped:  # the ranks have got it too, and have saved
+                return 128 + stopped.sigval
+            except ChildFailedError as error:
+                # Not torchrun's --max-restarts: it starts ranks again whatever their exit status was.
+                if restarts and error.get_first_failure()[1].exitcode != pretrain.REFUSED:
+                    restarts -= 1
+                    continue
+                return _status(error)
+            return 0
 
 
 @contextlib.contextmanager

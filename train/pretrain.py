@@ -20,12 +20,15 @@ USAGE = """usage: python -m coterie.train.pretrain RECIPE [--leaf value ...]
 
 Pretrains a model, alone or under torchrun. A run directory that holds checkpoints goes on from the newest.
 `RECIPE --help` lists every leaf of a recipe. Recipes:"""
+REFUSED = 2
+"""The exit status of a rank that has told why the run cannot be: a restart would tell the same."""
 PATIENCE = 10.0
 """Seconds that a rank waits before it tells its error: another rank may be the one to tell."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The entry: 0 when the run is done or was stopped by a signal, 2 when the user is told why it cannot be."""
+    """The entry: 0 when the run is done or was stopped by a signal, REFUSED when the user is told why it cannot be,
+    1 when another rank is lost."""
     first = _first_rank()
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Mostly all fail alike: rank 0 speaks, and torchrun ends this one before it says the same.
             time.sleep(PATIENCE)
         print(f"coterie: {_sentence(error)}", file=sys.stderr, flush=True)
-        return 2
+        return REFUSED
     except RuntimeError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
