@@ -92,17 +92,21 @@ def _check_tied(stored: Source, embed: str) -> None:
         )
 
 
-def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's tensors; no memory is taken.
+def outline(config: ModelConfig) -> GPT:
+    """The model without its tensors' memory.
 
     Raises:
         ValueError: sizes that no tensor can have.
     """
     try:
-        state = GPT(config, device="meta").state_dict()
-    except RuntimeError as error:
-        raise ValueError(f"config.json asks for tensors of impossible sizes: {error}") from None
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return GPT(config, device="meta")
+    except (RuntimeError, OverflowError, TypeError):
+        raise ValueError("config.json asks for tensors larger than any can be") from None
+
+
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in outline(config).state_dict().items()}
 
 
 def outward(family: Family, config: ModelConfig, ours: Source) -> Outward:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
+from .files import TOKENIZER_BYTES, checked_size, is_there, read_json
+
 EOS = "<|endoftext|>"
 # What published tokenizers call the end of a document, likeliest first.
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -49,7 +51,7 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = (self.eos_id, *(i for i in told if i != self.eos_id))
 
     def _find_eos(self, eos: str | None, config: Path | None, told: tuple[int, ...]) -> int:
-        if eos is None and config is not None and config.exists():
+        if eos is None and config is not None and is_there(config):
             eos = _told_eos(config)
         if eos is None and told and told[0] < self.vocab_size:
             return told[0]
@@ -133,13 +135,8 @@ def _config_beside(file: Path) -> Path:
 
 
 def _told_eos(config: Path) -> str | None:
-    try:
-        told = json.loads(config.read_text(encoding="utf-8"))["eos_token"]
-        told = told["content"] if isinstance(told, dict) else told
-    except KeyError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{config} is no tokenizer_config.json: {error}") from None
+    told = read_json(config).get("eos_token")
+    told = told.get("content") if isinstance(told, dict) else told
     if told is not None and not isinstance(told, str):
         raise ValueError(f"{config} has eos_token {told!r}, expected the text of a token")
     return told
@@ -148,15 +145,9 @@ def _told_eos(config: Path) -> str | None:
 def _told_ids(folder: Path) -> tuple[int, ...]:
     """eos_token_id, one or a list, of generation_config.json, else of config.json; (): neither says one."""
     for file in (folder / "generation_config.json", folder / "config.json"):
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from None
-        told = data.get("eos_token_id") if isinstance(data, dict) else None
+        told = read_json(file).get("eos_token_id") if is_there(file) else None
         ids = told if isinstance(told, list) else [] if told is None else [told]
-        if any(type(one) is not int or one < 0 for one in ids):
+        if any(type(one) is not int or not 0 <= one < 2**31 for one in ids):
             raise ValueError(f"{file} has eos_token_id {told!r}, expected an id or a list of ids")
         if ids:
             return tuple(ids)
@@ -164,12 +155,15 @@ def _told_ids(folder: Path) -> tuple[int, ...]:
 
 
 def _load(file: Path) -> tokenizers.Tokenizer:
-    if not file.exists():
+    if not is_there(file):
         raise FileNotFoundError(f"no tokenizer at {file}: give a tokenizer.json or its directory")
+    checked_size(file, TOKENIZER_BYTES)
     try:
         return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{file} is not a tokenizer.json: {error}") from None
+    except BaseException as error:  # plain Exception, and of a panic in Rust an exception that is none
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise ValueError(f"{file} is not a tokenizer.json: {' '.join(str(error).split())}") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

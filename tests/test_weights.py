@@ -197,9 +197,9 @@ def test_files_are_filled_in_order() -> None:
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ("{", "is damaged or no index"),
+        ("{", "is not JSON"),
         ('{"weight_map": 3}', "is damaged or no index"),
-        ("[]", "is damaged or no index"),
+        ("[]", "holds no JSON object"),
         ('{"weight_map": {"a": "../other/model.safetensors"}}', "names '../other/model.safetensors', expected a"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd', expected a .safetensors file beside it"),
         ('{"weight_map": {"a": 3}}', "names 3, expected a"),
@@ -215,11 +215,13 @@ def test_files_of_an_index_must_be_there_and_hold_each_tensor_once(saved: Path) 
     first, second = (_split(saved) / file for file in FILES[:2])
     kept = load_file(second)
     save_file(kept | {"final_norm.weight": torch.zeros(24)}, second)
-    with pytest.raises(ValueError, match=r"final_norm\.weight, but another file"):
+    with pytest.raises(
+        ValueError, match=r"what model-00002-of-00004\.safetensors holds: it lacks final_norm\.weight"
+    ):
         load_model(saved)
     missing = next(iter(kept))
     save_file({name: tensor for name, tensor in kept.items() if name != missing}, second)
-    with pytest.raises(ValueError, match=f"does not fit the model: {missing} is missing"):
+    with pytest.raises(ValueError, match=f"it has '{missing}' in model-00002-of-00004.safetensors, which lacks it"):
         load_model(saved)
     first.unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model-00001-of-00004\.safetensors"):
