@@ -139,7 +139,7 @@ class Gate(nn.Module):
         sequence_length: int | None,
         history_E: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Balance | None]:
-        """aux, z and balance as `Routing` has them, and the entropy of `Stats`: third of the four."""
+        """aux, z and balance as `Routing` has them, and before the last the entropy of `Stats`."""
         probs_TE = self._probs(gated.scores_TE, valid_T)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.aux_weight > 0):
             aux, balance = self._aux(probs_TE, gated, sequence_length, history_E)
