@@ -49,7 +49,8 @@ PAPER = ModelConfig(
 )
 SHARED = replace(MODERN, qk_norm="none", moe=MoEConfig(top_k=2, hidden=48, shared_hidden=40, shared_gate=True))
 DENSE = replace(MODERN, experts=(), tied_head=False, kv_heads=0)
-TINY = {"modern": MODERN, "paper": PAPER, "shared": SHARED, "dense": DENSE}
+OLMOE = replace(MODERN, qk_norm="all", attention_bias="qkv", mlp_bias=True, moe=MoEConfig(top_k=2, hidden=48))
+TINY = {"modern": MODERN, "paper": PAPER, "shared": SHARED, "dense": DENSE, "olmoe": OLMOE}
 
 
 class _Fake:

@@ -12,7 +12,7 @@ from coterie.cli import main
 from coterie.infer.cache import DenseCache
 from coterie.infer.generate import generate, open_model, stream_text
 from coterie.infer.sampler import sample
-from coterie.models.config import ModelConfig
+from coterie.models.config import ModelConfig, RopeScaling
 from coterie.models.gpt import GPT
 from coterie.models.tokenizer import train_bpe
 from coterie.models.weights import save_model
@@ -44,6 +44,8 @@ GPT2 = replace(
     qk_norm="none",
     moe=MoEConfig(top_k=1, hidden=20, activation="gelu", bias=True, gate=GateConfig(capacity_factor=1.0)),
 )
+# Queries and keys normed over all heads, slower rotations.
+OLMOE = replace(MODERN, qk_norm="all", attention_bias="qkv", rope_scaling=RopeScaling("llama3", 4.0, 1.0, 2.0, 12))
 
 
 def _model(config: ModelConfig) -> GPT:
@@ -52,7 +54,7 @@ def _model(config: ModelConfig) -> GPT:
     return model.eval()
 
 
-@pytest.mark.parametrize("config", [MODERN, GPT2], ids=["modern", "gpt2"])
+@pytest.mark.parametrize("config", [MODERN, GPT2, OLMOE], ids=["modern", "gpt2", "olmoe"])
 @pytest.mark.parametrize("pieces", [[7, 1, 1, 1, 1], [3, 4, 1, 3], [11]], ids=str)
 def test_a_cached_pass_equals_a_whole_one(config: ModelConfig, pieces: list[int]) -> None:
     model, tokens_BS = _model(config), torch.randint(0, 300, (3, 11))

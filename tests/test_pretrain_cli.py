@@ -13,6 +13,7 @@ import pytest
 import torch
 from runs import write_text
 
+from coterie.models.config import RopeScaling
 from coterie.models.gpt import GPT
 from coterie.models.params import count_params
 from coterie.models.tokenizer import train_bpe
@@ -254,6 +255,19 @@ def test_overrides_reach_every_floor() -> None:
     assert config.model.moe.gate.capacity_factor is None
     assert config.model.experts == (0,) * 23 + (8,)
     assert config.optim.lr == 3e-4
+
+
+def test_a_part_that_a_recipe_may_lack_has_leaves_where_it_is(monkeypatch) -> None:
+    config = RECIPES["tiny"]()
+    config = replace(config, model=replace(config.model, rope_scaling=RopeScaling("linear", 2.0)))
+    monkeypatch.setitem(RECIPES, "stretched", lambda: config)
+    changed = parse(["stretched", "--model.rope-scaling.factor", "3.0", "--steps", "7"])
+    assert changed is not None
+    assert changed.model.rope_scaling == RopeScaling("linear", 3.0)
+    for wrong in ("--model.rope-scaling.factor", "--model.rope-scaling"):
+        with pytest.raises(ValueError, match=f"has no option {wrong}") as refused:
+            parse(["tiny", wrong, "3.0"])
+        assert str(refused.value).count(f"{wrong},") == 0, "what does not exist is not the nearest"
 
 
 def test_every_recipe_is_sound() -> None:

@@ -83,6 +83,8 @@ def saved_by_layer(config: ModelConfig, layout: Layout, layer: int, run: Run) ->
     if config.positions == "rotary" or config.qk_norm != "none":
         per_token += (H + G) * d * work / tp
     per_token += 4 * {"none": 0, "head": (H + G) / tp, "all": 2}[config.qk_norm]
+    if config.qk_norm == "all" and tp > 1:  # no kernel's work: fp32 before and after the scale
+        per_token += (8 - work) * (H + G) * d / tp
     if config.experts_of(layer):
         feed = (D * work + _moe(config, layout, layer, run)) / tp
     else:
