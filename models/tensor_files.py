@@ -25,9 +25,6 @@ FILE_BYTES = 5 * 10**9
 
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Types of weights, in safetensors' words."""
-HEADER_BYTES = 2**24
-MOST_AXES, MOST_SIZE = 16, 2**40
-
 WORDS = KINDS | {
     torch.int64: "I64",
     torch.int32: "I32",
@@ -40,6 +37,10 @@ WORDS = KINDS | {
 }
 """All types that a file may hold."""
 _DTYPES = {kind: dtype for dtype, kind in WORDS.items()}
+
+HEADER_BYTES = 2**24
+"""The most that a file may say of its tensors: some 150,000 of them."""
+MOST_AXES, MOST_SIZE = 16, 2**40
 
 
 class Head(NamedTuple):
@@ -100,17 +101,13 @@ class StoredTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def kind(self, name: str) -> str:
-        """The stored type in safetensors' words: F32, BF16, I64, ..."""
-        return self._files[name].get_slice(name).get_dtype()
-
     def dtype(self, name: str) -> torch.dtype:
         """The stored type.
 
         Raises:
             ValueError: PyTorch has none for it.
         """
-        kind = self.kind(name)
+        kind = self._files[name].get_slice(name).get_dtype()
         if kind not in _DTYPES:
             raise ValueError(f"{self.source} stores {name} as {kind}, which is no type of a weight")
         return _DTYPES[kind]

@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coterie.models.config import ModelConfig
+from coterie.models.config_file import config_from_dict, config_to_dict
 from coterie.models.gpt import GPT
 from coterie.models.presets import PRESETS
 from coterie.models.tensor_files import split_names
 from coterie.models.tokenizer import Tokenizer, train_bpe
 from coterie.models.weights import (
-    config_from_dict,
-    config_to_dict,
     full_state_dict,
     load_model,
     read_config,
@@ -260,7 +259,7 @@ def test_configs_come_back(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama"}, "model_type 'llama', expected 'coterie'"),
+        ({"model_type": "llama"}, "config.json of a llama model: "),
         ({"layers": "two"}, "layers is 'two', expected int"),
         ({"colour": 1}, "unknown field colour"),
         ({"norm": "batchnorm"}, "norm is 'batchnorm'"),
