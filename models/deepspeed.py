@@ -51,7 +51,7 @@ class DeepSpeedTensors:
         shapes: dict[str, tuple[int, ...]],
         made: dict[str, list[Made]],
     ) -> None:
-        self.source = folder
+        self.source: object = folder
         self._parts, self._shapes, self._made = parts, shapes, made
 
     def names(self) -> list[str]:

@@ -34,12 +34,12 @@ def config_of(data: dict[str, Any]) -> ModelConfig:
     kind = data.get("model_type")
     if kind == MODEL_TYPE:
         return config_from_dict(data)
-    if not isinstance(kind, str):
-        raise ValueError(f"config.json has model_type {kind!r}, expected a name")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join((MODEL_TYPE, *FAMILIES))
-        why = f" does not read yet, for {_NOT_YET[kind]}" if kind in _NOT_YET else " does not know"
-        raise ValueError(f"config.json has model_type {kind!r}, which coterie{why}: it reads {known}")
+        lacking = _NOT_YET.get(str(kind))
+        why = "does not know" if lacking is None else f"does not read yet, because of {lacking}"
+        said = "no model_type" if kind is None else f"model_type {kind!r}, which coterie {why}"
+        raise ValueError(f"config.json has {said}: coterie reads {known}")
     fields, config, trouble = Fields(data), None, None
     try:
         config = FAMILIES[kind].read(fields)

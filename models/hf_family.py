@@ -31,9 +31,10 @@ _HARMLESS = re.compile(
 )
 
 _LACKING = {
-    "quantization_config": "its weights are quantized",
-    "compression_config": "its weights are quantized",
-    "auto_map": "it brings code of its own, which is never run",
+    "quantization_config": "its weights are quantized, and coterie reads none such",
+    "compression_config": "its weights are quantized, and coterie reads none such",
+    "auto_map": "it brings code of its own, which coterie never runs",
+    "clip_qkv": "queries, keys and values are clipped, which coterie lacks",
 }
 
 
@@ -166,7 +167,7 @@ class Family(NamedTuple):
     read: Callable[[Fields], ModelConfig]
     """Their config.json -> ours."""
     write: Callable[[ModelConfig], dict[str, Any]]
-    """Ours -> their config.json. What it cannot say is lost: `hf.upstream` finds out by reading it again."""
+    """Ours -> their config.json. What that cannot say is lost, or a ValueError: ask `hf.upstream` first."""
     table: Callable[[ModelConfig, bool], Table]
     """Where our tensors are. True: all experts of a layer in one tensor; False: one by one."""
     ignored: str

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub by name, hf://org/name[@revision]: only weights, configs and tokenizers are fetched."""
+"""Models of the Hugging Face Hub by name, hf://org/name[@revision]: weights, configs and tokenizers, nothing else."""
 
 from __future__ import annotations
 

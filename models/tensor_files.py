@@ -84,9 +84,10 @@ class StoredTensors:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.source = folder / (INDEX if is_there(folder / INDEX) else WEIGHTS)
+        source = folder / (INDEX if is_there(folder / INDEX) else WEIGHTS)
+        self.source: object = source
         self._files: dict[str, Any] = {}
-        listed = _indexed(self.source) if self.source.name == INDEX else {self.source: None}
+        listed = _indexed(source) if source.name == INDEX else {source: None}
         for file, expected in listed.items():
             opened, names = _open(file)
             self._files |= dict.fromkeys(names, opened)

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 
+from coterie.cli import main
+from coterie.models.config import ModelConfig
+from coterie.models.gpt import GPT
 from coterie.models.hub import resolve
+from coterie.models.tokenizer import train_bpe
+from coterie.models.weights import save_model
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -114,7 +119,24 @@ def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         resolve("hf://org/name")
 
 
-@pytest.mark.parametrize("how", ["told to be offline", "no way there"])
+def test_generate_takes_a_name_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ModelConfig(vocab_size=300, max_positions=32, layers=1, dim=8, heads=2, hidden=12)
+    model = GPT(config)
+    model.init_weights(1)
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
+    save_model(snapshot, model, train_bpe(["some text"], 300))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    wanted = ["--prompt", "some", "--max-new-tokens", "4", "--greedy", "--device", "cpu"]
+    main(["generate", "hf://org/name@v1", *wanted])
+    by_name = capsys.readouterr()
+    main(["generate", str(snapshot), *wanted])
+    assert by_name.out == capsys.readouterr().out
+    assert by_name.err == "hf://org/name@v1 is commit 0123abcd\n"
+
+
+@pytest.mark.parametrize("how", ["told to be offline", pytest.param("no way there", marks=pytest.mark.slow)])
 def test_without_a_network_the_cache_is_read_or_one_sentence_said(tmp_path: Path, how: str) -> None:
     """The library itself, in a process of its own: it reads its settings when it is imported."""
     lost = {"HF_HUB_OFFLINE": "1"} if how == "told to be offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -123,27 +145,30 @@ def test_without_a_network_the_cache_is_read_or_one_sentence_said(tmp_path: Path
     script = """
 import sys
 from coterie.models.hub import resolve
-try:
-    print(resolve(sys.argv[1]))
-except FileNotFoundError as error:
-    print("refused:", error)
+for name in sys.argv[1:]:
+    try:
+        print(resolve(name))
+    except FileNotFoundError as error:
+        print("refused:", error)
 """
 
-    def ask(name: str) -> str:
+    def ask(*names: str) -> list[str]:
         done = subprocess.run(
-            [sys.executable, "-c", script, name], env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", script, *names], env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done.stdout.splitlines()
 
-    assert ask("hf://org/name").startswith("refused: the hub cannot be reached")
+    assert ask("hf://org/name") == [
+        "refused: the hub cannot be reached and its cache does not hold all of hf://org/name"
+    ]
     assert not [file for file in (tmp_path / "home").rglob("*") if file.is_file() and "org--name" in str(file)]
-    repository = tmp_path / "home" / "hub" / "models--org--name"
-    snapshot = repository / "snapshots" / ("0" * 40)
+    repository, commit = tmp_path / "home" / "hub" / "models--org--name", "0" * 40
+    snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "refs" / "main").write_text(commit)
     (snapshot / "config.json").write_text("{}")
-    for name in ("hf://org/name", f"hf://org/name@{'0' * 40}"):
-        assert ask(name).strip() == str(snapshot)
-    assert ask("hf://org/name@v2").startswith("refused: the hub cannot be reached")
+    found = ask("hf://org/name", f"hf://org/name@{commit}", "hf://org/name@v2")
+    assert found[:2] == [str(snapshot)] * 2
+    assert found[2].startswith("refused: the hub cannot be reached")

@@ -16,12 +16,7 @@ from coterie.models.gpt import GPT
 from coterie.models.presets import PRESETS
 from coterie.models.tensor_files import split_names
 from coterie.models.tokenizer import Tokenizer, train_bpe
-from coterie.models.weights import (
-    full_state_dict,
-    load_model,
-    read_config,
-    save_model,
-)
+from coterie.models.weights import full_state_dict, load_model, read_config, save_model
 from coterie.moe.config import GateConfig, MoEConfig
 
 CONFIG = ModelConfig(
@@ -259,7 +254,7 @@ def test_configs_come_back(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama"}, "config.json of a llama model: "),
+        ({"model_type": "rwkv"}, "model_type 'rwkv', which coterie does not know: coterie reads coterie, llama"),
         ({"layers": "two"}, "layers is 'two', expected int"),
         ({"colour": 1}, "unknown field colour"),
         ({"norm": "batchnorm"}, "norm is 'batchnorm'"),
