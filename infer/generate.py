@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.gpt import GPT
+from ..models.hub import resolve
 from ..models.tensor_files import has_weights
 from ..models.tokenizer import TextStream, Tokenizer
 from ..models.weights import load_model
@@ -106,7 +107,7 @@ def open_model(
     """The model of a model directory, or of a run directory's `model/`, and its tokenizer if it has one.
 
     Args:
-        path: the directory.
+        path: the directory, or hf://org/name[@revision].
         device: None: cuda where there is one, else cpu.
         dtype: None: as stored.
 
@@ -114,7 +115,8 @@ def open_model(
         FileNotFoundError: the directory holds no model; the message says what was found instead.
         ValueError: its files do not fit together, or there is no such device.
     """
-    folder, at = _model_folder(Path(path)), _device(device)
+    at = _device(device)  # before anything is fetched
+    folder = _model_folder(resolve(path))
     # The small file first: a damaged one is told before the weights are read.
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     return load_model(folder, device=at, dtype=dtype).eval(), tokenizer

@@ -25,8 +25,9 @@ def is_there(file: Path) -> bool:
 def checked_size(file: Path, limit: int | None = None) -> int:
     """Bytes of a file that may be opened.
 
-    A link must stay in the file's folder, or lead into `blobs` beside `snapshots`, as in Hugging Face's cache:
-    a downloaded model must not make us read what lies elsewhere.
+    A link must stay in the file's folder, or lead to where Hugging Face's cache keeps files: `blobs` of the same
+    repository, or since huggingface_hub 2 `blobs` of the whole cache. A downloaded model must not make us read what
+    lies elsewhere.
 
     Raises:
         FileNotFoundError: there is none.
@@ -50,8 +51,8 @@ def checked_size(file: Path, limit: int | None = None) -> int:
 
 def _roots(folder: Path) -> list[Path]:
     for parent in folder.parents:
-        if parent.name == "snapshots":
-            return [folder, parent.parent / "blobs"]
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            return [folder, parent.parent / "blobs", parent.parent.parent / "blobs"]
     return [folder]
 
 

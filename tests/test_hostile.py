@@ -155,8 +155,10 @@ def test_links_within_the_folder_and_into_the_hubs_cache_are_followed(folder: Pa
     snapshot = hub / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)
     (hub / "blobs").mkdir()
+    (tmp_path / "blobs" / "ab").mkdir(parents=True)
     for i, file in enumerate(sorted(folder.iterdir())):
-        file.rename(hub / "blobs" / f"{i}")
+        file.rename(tmp_path / "blobs" / "ab" / f"{i}")  # huggingface_hub 2: what repositories share
+        (hub / "blobs" / f"{i}").symlink_to(Path("../../blobs/ab") / f"{i}")
         (snapshot / file.name).symlink_to(Path("../../blobs") / f"{i}")
     assert load_model(snapshot).config == CONFIG
     assert Tokenizer(snapshot).vocab_size <= 300
