@@ -30,7 +30,7 @@ from .config import ModelConfig
 from .gpt import GPT, Output
 from .init import std_of
 from .layers import Linear, Norm
-from .weights import MODEL_TYPE, config_from_dict, config_to_dict
+from .config_file import MODEL_TYPE, config_from_dict, config_to_dict
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 
@@ -88,15 +88,12 @@ class _Attending:
         keys_BGLd, values_BGLd = k_BSGd.transpose(1, 2), v_BSGd.transpose(1, 2)
         if self._cache is not None:
             keys_BGLd, values_BGLd = self._cache.update(keys_BGLd, values_BGLd, layer)
-        new = q_BSHd.shape[1]
-        if keys_BGLd.shape[2] != self.length + new:
-            raise ValueError(f"a {type(self._cache).__name__} does not fit coterie's models: give a DynamicCache")
         o_BHSd = F.scaled_dot_product_attention(
             q_BSHd.transpose(1, 2),
             keys_BGLd,
             values_BGLd,
             attn_mask=self._mask,
-            is_causal=self._mask is None and new > 1,
+            is_causal=self._mask is None and q_BSHd.shape[1] > 1,
             enable_gqa=q_BSHd.shape[2] != k_BSGd.shape[2],
         )
         return o_BHSd.transpose(1, 2)
@@ -183,11 +180,10 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, S).
             attention_mask: (B, L), 0 for padding on either side, with a column for every key in the cache too.
-                No expert sees padding, and no balance loss counts it.
             position_ids: (B, S); None: counted over what is no padding.
             past_key_values: a DynamicCache.
-            labels: (B, S) ids, shifted here; -100 is not counted. The loss is the mean cross-entropy plus
-                aux_weight and z_weight times the means over tokens of the router's losses, as in our own training.
+            labels: (B, S) ids, shifted here; -100 is not counted. The loss is that of our own training: mean
+                cross-entropy plus aux_weight and z_weight times the router's means over tokens.
             use_cache: None: yes, except in training and where labels are given.
             output_router_logits: also give the router's logits, one (T, E) for each MoE layer, before any noise.
             logits_to_keep: only the last so many positions get logits, or these positions; 0: all.
@@ -196,35 +192,37 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an argument that coterie's models do not know, or shapes that do not fit.
         """
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("coterie's models take input_ids, not inputs_embeds")
-        if output_attentions or output_hidden_states:
-            raise ValueError("coterie's models give neither attentions nor hidden states")
+        _check(input_ids, inputs_embeds, bool(output_attentions or output_hidden_states))
+        assert input_ids is not None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        padded = _Padding(attention_mask, input_ids, past_key_values)
-        self.gpt.recompute = "full" if self.gradient_checkpointing and self.training else "none"
-        gates = _Gates(self.gpt) if output_router_logits else None
-        try:
-            out = self.gpt(
-                input_ids,
-                padded.positions(position_ids, self.gpt.config.max_positions),
-                valid_BS=padded.valid_BS,
-                cache=padded.cache(past_key_values),
-                logits_to_keep=logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0,
-            )
-        finally:
-            router_logits = None if gates is None else gates.logits()
-        assert out.logits_BSV is not None  # no targets were given
-        aux = out.aux / padded.tokens if out.stats else None
-        loss = None if labels is None else self._loss(out, labels, padded.tokens, num_items_in_batch)
+        padding = _Padding(attention_mask, input_ids, past_key_values)
+        # All positions have a part in a loss, and one that is chosen by a tensor may be any.
+        last = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
+        with _Gates(self.gpt, watched=bool(output_router_logits)) as gates:
+            out = self._run(input_ids, position_ids, past_key_values, padding, last)
+        assert out.logits_BSV is not None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        loss = None if labels is None else self._loss(out, labels, padding.tokens, num_items_in_batch)
         answer: dict[str, Any] = {"loss": loss, "logits": out.logits_BSV[:, kept], "past_key_values": past_key_values}
         if not out.stats:
             return CausalLMOutputWithPast(**answer)
-        return MoeCausalLMOutputWithPast(**answer, aux_loss=aux, router_logits=router_logits)
+        router_logits = gates.logits() if output_router_logits else None
+        return MoeCausalLMOutputWithPast(**answer, aux_loss=out.aux / padding.tokens, router_logits=router_logits)
+
+    def _run(
+        self, input_ids: Tensor, positions: Tensor | None, keys: Cache | None, padding: _Padding, last: int
+    ) -> Output:
+        self.gpt.recompute = "full" if self.gradient_checkpointing and self.training else "none"
+        return self.gpt(
+            input_ids,
+            padding.positions(positions, self.gpt.config.max_positions),
+            valid_BS=padding.valid_BS,
+            cache=padding.cache(keys),
+            logits_to_keep=last,
+        )
 
     def _loss(self, out: Output, labels_BS: Tensor, tokens: Tensor | int, items: int | Tensor | None) -> Tensor:
         assert out.logits_BSV is not None
@@ -233,6 +231,13 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
         gate, count = self.gpt.config.moe.gate, (targets_T != -100).sum().clamp(min=1)
         router = (gate.aux_weight * out.aux + gate.z_weight * out.z) / tokens
         return lm / count + router if items is None else (lm + router * count) / items
+
+
+def _check(input_ids: Tensor | None, inputs_embeds: Tensor | None, inner: bool) -> None:
+    if input_ids is None or inputs_embeds is not None:
+        raise ValueError("coterie's models take input_ids, not inputs_embeds")
+    if inner:
+        raise ValueError("coterie's models give neither attentions nor hidden states")
 
 
 class _Padding:
@@ -244,6 +249,8 @@ class _Padding:
     """
 
     def __init__(self, mask: Tensor | None, input_ids: Tensor, cache: Cache | None) -> None:
+        if getattr(cache, "is_compileable", False):  # its keys have places that are not filled yet
+            raise ValueError(f"a {type(cache).__name__} does not fit coterie's models: give a DynamicCache")
         batch, self._new = input_ids.shape
         self._device, self._past = input_ids.device, 0 if cache is None else int(cache.get_seq_length())
         expected = (batch, self._past + self._new)
@@ -275,22 +282,27 @@ class _Padding:
 
 
 class _Gates:
-    """Router logits of one pass, from what the gates are given."""
+    """Router logits of the pass inside this context, from what the gates are given."""
 
-    def __init__(self, gpt: GPT) -> None:
+    def __init__(self, gpt: GPT, watched: bool) -> None:
+        self._gates = [moe.gate for moe in gpt.moe_layers] if watched else []
         self._found: dict[int, Tensor] = {}
-        self._hooks = [
-            moe.gate.register_forward_pre_hook(lambda gate, args, i=i: self._see(i, gate, args[0]))
-            for i, moe in enumerate(gpt.moe_layers)
-        ]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Gates:
+        for i, gate in enumerate(self._gates):
+            self._hooks.append(gate.register_forward_pre_hook(lambda gate, args, i=i: self._see(i, gate, args[0])))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _see(self, layer: int, gate: nn.Module, x_TD: Tensor) -> None:
         self._found[layer] = F.linear(x_TD.float(), gate.get_parameter("weight").float())
 
     def logits(self) -> tuple[Tensor, ...]:
-        """One (T, E) for each MoE layer; the gates are watched no longer."""
-        for hook in self._hooks:
-            hook.remove()
+        """One (T, E) for each MoE layer."""
         return tuple(self._found[layer] for layer in sorted(self._found))
 
 

