@@ -189,8 +189,7 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions get logits, or these positions; 0: all.
             num_items_in_batch: labels of all micro-batches, over which a micro-batch's loss is then a share.
 
-        Raises:
-            ValueError: an argument that coterie's models do not know, or shapes that do not fit.
+        Raises ValueError for an argument that coterie's models do not know, or shapes that do not fit.
         """
         _check(input_ids, inputs_embeds, bool(output_attentions or output_hidden_states))
         assert input_ids is not None

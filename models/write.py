@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .config_file import MODEL_TYPE, config_to_dict
+from .files import TOKENIZER_BYTES, is_there, open_checked, parse_json, read_json
 from .hf import FAMILIES, outward, shapes_of, upstream
 from .hf_family import Family
 from .parts import Box, Source, pieces
@@ -95,8 +96,11 @@ def model_of(folder: Path) -> Model:
         FileNotFoundError, ValueError: as `open_model`; or a file beside it is damaged.
     """
     config, tensors = open_model(folder)
-    beside = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).exists()}
-    told, generation = _json(folder / "config.json"), _generation(beside, str(folder))
+    beside: dict[str, bytes] = {}
+    for name in filter(lambda name: is_there(folder / name), BESIDE):
+        with open_checked(folder / name, TOKENIZER_BYTES) as opened:
+            beside[name] = opened.read()
+    told, generation = read_json(folder / "config.json"), _generation(beside, str(folder))
     ids = {name: told[name] for name in _IDS if told.get(name) is not None and generation.get(name) is None}
     if ids:  # our config.json has no place for them
         beside["generation_config.json"] = _text(generation | ids)
@@ -142,7 +146,7 @@ def write(output: Path, model: Model, order: Order) -> None:
 
 def how_to_open(output: Path) -> str:
     """One line for a person who will open a directory in transformers."""
-    kind = _json(output / "config.json")["model_type"]
+    kind = read_json(output / "config.json")["model_type"]
     if kind == MODEL_TYPE:
         return (
             f"no architecture of transformers computes what {output} does: it has model_type {kind}, which "
@@ -194,18 +198,7 @@ def _told(model: Model) -> dict[str, bytes]:
 
 
 def _generation(beside: Mapping[str, bytes], where: str) -> dict[str, Any]:
-    raw = beside.get("generation_config.json", b"{}")
-    try:
-        told = json.loads(raw)
-    except ValueError as error:
-        raise ValueError(f"generation_config.json of {where} is not JSON: {error}") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"generation_config.json of {where} holds no JSON object")
-    return told
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return parse_json(beside.get("generation_config.json", b"{}"), f"generation_config.json of {where}")
 
 
 def _text(data: dict[str, Any]) -> bytes:
