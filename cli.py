@@ -118,7 +118,7 @@ def generate(
     """Continue a prompt with a model directory's or a run's model.
 
     Args:
-        model: A model directory (config.json, model.safetensors, tokenizer.json) or a run directory.
+        model: A directory of a model, ours or Hugging Face's (config.json, safetensors, tokenizer.json), or of a run.
         prompt: The text to continue; - reads standard input.
         max_new_tokens: How many tokens to write at most.
         temperature: Of the softmax; lower is safer.

@@ -5,7 +5,7 @@ B batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next ids, (B,) int64, one step at a time. Puts the model into eval mode.
 
@@ -39,7 +39,8 @@ def generate(
         max_new_tokens: how many steps at most.
         temperature, top_k, top_p: see `sample`; temperature 0 is greedy.
         seed: of this call's own generator; global randomness is neither read nor changed.
-        eos_id: a sequence that gave it gives it for ever; the iterator ends when all have.
+        eos_id: a sequence that gave it, or one of them, gives it, or the first, for ever; the iterator ends when
+            all have.
 
     Raises:
         ValueError: an empty prompt, ids outside the vocabulary, a setting that means nothing, or more tokens
@@ -62,7 +63,8 @@ def generate(
     for token in (int(tokens_BS.min()), int(tokens_BS.max())):
         if not 0 <= token < config.vocab_size:
             raise ValueError(f"a prompt has token id {token}, outside the model's vocabulary of {config.vocab_size}")
-    return _steps(model, tokens_BS, max_new_tokens, (temperature, top_k, top_p), seed, eos_id)
+    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    return _steps(model, tokens_BS, max_new_tokens, (temperature, top_k, top_p), seed, ends)
 
 
 def _steps(
@@ -71,7 +73,7 @@ def _steps(
     steps: int,
     sampling: tuple[float, int, float],
     seed: int,
-    eos_id: int | None,
+    ends: list[int],
 ) -> Iterator[Tensor]:
     model.eval()
     weight = model.embed.weight
@@ -80,6 +82,7 @@ def _steps(
     cache = DenseCache(model.config, batch, prompt + steps, device=weight.device, dtype=weight.dtype)
     feed_BS = tokens_BS.to(weight.device)
     ended_B = torch.zeros(batch, dtype=torch.bool, device=weight.device)
+    ends_N = torch.tensor(ends, dtype=torch.int64, device=weight.device)
     for _ in range(steps):
         # Inside the loop, not around it: a generator that yields in inference mode would leave its caller in it.
         with torch.inference_mode():
@@ -88,12 +91,12 @@ def _steps(
             if cache.length == prompt and not bool(logits_BSV.isfinite().all()):
                 raise ValueError("the model's logits are not finite: its weights are damaged, or dtype is too narrow")
             next_B = sample(logits_BSV[:, -1], *sampling, generator)
-            if eos_id is not None:
-                next_B = torch.where(ended_B, eos_id, next_B)
-                ended_B = ended_B | (next_B == eos_id)
+            if ends:
+                next_B = torch.where(ended_B, ends[0], next_B)
+                ended_B = ended_B | torch.isin(next_B, ends_N)
             feed_BS = next_B[:, None]
         yield next_B
-        if eos_id is not None and bool(ended_B.all()):
+        if ends and bool(ended_B.all()):
             return
 
 
@@ -137,7 +140,9 @@ def _model_folder(path: Path) -> Path:
         raise FileNotFoundError(
             f"the run in {path} has not written its model/ yet: it does so at its end, so resume it and let it finish"
         )
-    raise FileNotFoundError(f"{path} is not a model directory: it has no model.safetensors")
+    pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+    why = f", and {pickles[0].name} is a pickle, which is never opened" if pickles else ""
+    raise FileNotFoundError(f"{path} is not a model directory: it has no model.safetensors{why}")
 
 
 def stream_text(
@@ -169,13 +174,13 @@ def stream_text(
         prompt.encode()
     except UnicodeEncodeError:  # how Python hands over bytes of a command line that are no UTF-8
         raise ValueError("the prompt is not UTF-8 text: change its encoding") from None
-    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    stream = TextStream(tokenizer)
+    ids = tokenizer.encode_prompt(prompt) or [tokenizer.eos_id]
+    stream = TextStream(tokenizer, ids)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     for next_B in generate(
-        model, torch.tensor([ids]), max_new_tokens, **settings, seed=seed, eos_id=tokenizer.eos_id
+        model, torch.tensor([ids]), max_new_tokens, **settings, seed=seed, eos_id=tokenizer.eos_ids
     ):
         token = int(next_B[0])
-        if token != tokenizer.eos_id:
+        if token not in tokenizer.eos_ids:
             yield stream.push(token)
     yield stream.finish()

@@ -36,7 +36,8 @@ def config_of(data: dict[str, Any]) -> ModelConfig:
         return config_from_dict(data)
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join((MODEL_TYPE, *FAMILIES))
-        why = "does not know" if str(kind) not in _NOT_YET else f"does not read yet, because of {_NOT_YET[kind]}"
+        lacking = _NOT_YET.get(str(kind))
+        why = "does not know" if lacking is None else f"does not read yet, because of {lacking}"
         said = "no model_type" if kind is None else f"model_type {kind!r}, which coterie {why}"
         raise ValueError(f"config.json has {said}: coterie reads {known}")
     fields, config, trouble = Fields(data), None, None

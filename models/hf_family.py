@@ -31,9 +31,10 @@ _HARMLESS = re.compile(
 )
 
 _LACKING = {
-    "quantization_config": "its weights are quantized",
-    "compression_config": "its weights are quantized",
-    "auto_map": "it brings code of its own, which is never run",
+    "quantization_config": "its weights are quantized, and coterie reads none such",
+    "compression_config": "its weights are quantized, and coterie reads none such",
+    "auto_map": "it brings code of its own, which coterie never runs",
+    "clip_qkv": "queries, keys and values are clipped, which coterie lacks",
 }
 
 

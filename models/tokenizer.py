@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ class Tokenizer:
     Attributes:
         vocab_size: ids run from 0 to vocab_size - 1.
         eos_id: the id that ends a document.
+        eos_ids: all that end a generated text: that one, and those of generation_config.json or config.json.
     """
 
     def __init__(self, path: str | Path | tokenizers.Tokenizer, eos: str | None = None) -> None:
@@ -28,25 +30,31 @@ class Tokenizer:
 
         Args:
             path: the file or its directory.
-            eos: the token that ends a document; None: what tokenizer_config.json says, or a usual name.
+            eos: the token that ends a document; None: what tokenizer_config.json says, or eos_token_id of
+                generation_config.json or config.json, or a usual name.
 
         Raises:
             FileNotFoundError: there is none.
             ValueError: the file is not a tokenizer, or no token ends a document.
         """
         config: Path | None = None
+        told: tuple[int, ...] = ()
         if isinstance(path, tokenizers.Tokenizer):
             self._inner = path
         else:
             file = Path(path)
             file = file / "tokenizer.json" if file.is_dir() else file
             self._inner, config = _load(file), _config_beside(file)
+            told = _told_ids(file.parent) if file.name == "tokenizer.json" else ()
         self.vocab_size: int = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.eos_id: int = self._find_eos(eos, config)
+        self.eos_id: int = self._find_eos(eos, config, told)
+        self.eos_ids: tuple[int, ...] = (self.eos_id, *(i for i in told if i != self.eos_id))
 
-    def _find_eos(self, eos: str | None, config: Path | None) -> int:
+    def _find_eos(self, eos: str | None, config: Path | None, told: tuple[int, ...]) -> int:
         if eos is None and config is not None and is_there(config):
             eos = _told_eos(config)
+        if eos is None and told and told[0] < self.vocab_size:
+            return told[0]
         for name in _EOS_NAMES if eos is None else (eos,):
             found = self._inner.token_to_id(name)
             if found is not None:
@@ -57,6 +65,13 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no token is added at either end."""
         return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model goes on with: those of `encode` after the tokens that the tokenizer's own
+        template begins every text with, such as Llama's <s>."""
+        whole = self._inner.encode(text or "a", add_special_tokens=True)  # of nothing, both ends look alike
+        added = itertools.takewhile(lambda one: one[1], zip(whole.ids, whole.special_tokens_mask, strict=True))
+        return [i for i, _ in added] + self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, in the library's threads."""
@@ -85,19 +100,22 @@ class Tokenizer:
 
 
 class TextStream:
-    """Pieces of text from ids that come one by one: a character whose bytes are not all there waits."""
+    """Pieces of text from ids that come one by one: a character whose bytes are not all there waits.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    `before`: ids of the text that they go on with: some tokenizers leave out a space where a text begins.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         # Ids from the last piece that was told, which decide how the next one begins, and how many they are.
-        self._ids: list[int] = []
-        self._told = 0
+        self._ids = list(before)
+        self._told = len(self._ids)
 
     def push(self, token: int) -> str:
         """The text that this id completes, often "" in the middle of a character."""
         self._ids.append(token)
         piece = self._rest()
-        if piece.endswith("\ufffd"):
+        if not piece or piece.endswith("\ufffd"):
             return ""
         self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
         return piece
@@ -122,6 +140,18 @@ def _told_eos(config: Path) -> str | None:
     if told is not None and not isinstance(told, str):
         raise ValueError(f"{config} has eos_token {told!r}, expected the text of a token")
     return told
+
+
+def _told_ids(folder: Path) -> tuple[int, ...]:
+    """eos_token_id, one or a list, of generation_config.json, else of config.json; (): neither says one."""
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        told = read_json(file).get("eos_token_id") if is_there(file) else None
+        ids = told if isinstance(told, list) else [] if told is None else [told]
+        if any(type(one) is not int or not 0 <= one < 2**31 for one in ids):
+            raise ValueError(f"{file} has eos_token_id {told!r}, expected an id or a list of ids")
+        if ids:
+            return tuple(ids)
+    return ()
 
 
 def _load(file: Path) -> tokenizers.Tokenizer:
