@@ -7,7 +7,8 @@ B batch, S sequence, L keys, H query heads, G key-value heads, d head width, T =
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from transformers.utils.generic import can_return_tuple
 
 from .config import ModelConfig
+from .config_file import MODEL_TYPE, config_from_dict, config_to_dict
 from .gpt import GPT, Output
 from .init import std_of
 from .layers import Linear, Norm
-from .config_file import MODEL_TYPE, config_from_dict, config_to_dict
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 
@@ -43,7 +44,7 @@ class CoterieConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    attribute_map = {
+    attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "dim",
         "num_hidden_layers": "layers",
         "num_attention_heads": "heads",
@@ -51,7 +52,7 @@ class CoterieConfig(PreTrainedConfig):
         "max_position_embeddings": "max_positions",
         "tie_word_embeddings": "tied_head",
     }
-    rope_scaling = None  # transformers has a property here, which means something else
+    rope_scaling = None  # type: ignore[assignment]  # transformers' property of this name means something else
     use_cache = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -122,8 +123,9 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _no_split_modules = ["Block"]
-    _keep_in_fp32_modules_strict = [r"\.gate\."]
+    _no_split_modules = ["Block"]  # noqa: RUF012 (declared above us as an instance's)
+    _keep_in_fp32_modules_strict = [r"\.gate\."]  # noqa: RUF012
+    gpt: GPT
 
     def __init__(self, config: CoterieConfig) -> None:
         super().__init__(config)
@@ -208,7 +210,7 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
         answer: dict[str, Any] = {"loss": loss, "logits": out.logits_BSV[:, kept], "past_key_values": past_key_values}
         if not out.stats:
             return CausalLMOutputWithPast(**answer)
-        router_logits = gates.logits() if output_router_logits else None
+        router_logits: Any = gates.logits() if output_router_logits else None
         return MoeCausalLMOutputWithPast(**answer, aux_loss=out.aux / padding.tokens, router_logits=router_logits)
 
     def _run(
@@ -290,15 +292,15 @@ class _Gates:
 
     def __enter__(self) -> _Gates:
         for i, gate in enumerate(self._gates):
-            self._hooks.append(gate.register_forward_pre_hook(lambda gate, args, i=i: self._see(i, gate, args[0])))
+            self._hooks.append(gate.register_forward_pre_hook(partial(self._see, i)))
         return self
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _see(self, layer: int, gate: nn.Module, x_TD: Tensor) -> None:
-        self._found[layer] = F.linear(x_TD.float(), gate.get_parameter("weight").float())
+    def _see(self, layer: int, gate: nn.Module, given: tuple[Tensor, ...]) -> None:
+        self._found[layer] = F.linear(given[0].float(), gate.get_parameter("weight").float())
 
     def logits(self) -> tuple[Tensor, ...]:
         """One (T, E) for each MoE layer."""

@@ -20,10 +20,10 @@ from coterie.models.gpt import GPT
 from coterie.models.parallelize import parallelize
 from coterie.models.tokenizer import Tokenizer, train_bpe
 from coterie.models.weights import load_model, save_model
+from coterie.models.write import parse_bytes
 from coterie.parallel.mesh import build_mesh
 from coterie.train.checkpoint import Checkpointer, training_state
 from coterie.train.config import DataConfig, OptimConfig, TrainConfig, to_dict
-from coterie.models.write import parse_bytes
 from coterie.train.export import export, find
 from coterie.train.manifest import CheckpointError, Progress, read_manifest, seal_of
 from coterie.train.optim import build_optimizer
