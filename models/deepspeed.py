@@ -21,7 +21,8 @@ from .deepspeed_config import EXPERT, GATE, LAYER, Hints, config_of
 from .deepspeed_files import Checkpoint, read_checkpoint
 from .hf import shapes_of
 from .parts import Box
-from .tensor_files import KINDS, all_finite
+from .stored import all_finite
+from .tensor_files import KINDS
 
 _ROWS = re.compile(
     r"(embedding\.word_embeddings|output_layer)\.weight|.*\.(query_key_value|dense_h_to_4h)\.(weight|bias)"

@@ -90,7 +90,11 @@ class Drafts:
 
     def text(self, name: str, content: str) -> None:
         """Adds a text file."""
-        self._attempt(name, lambda file: file.write_text(content, encoding="utf-8"))
+        self.data(name, content.encode())
+
+    def data(self, name: str, content: bytes) -> None:
+        """Adds a small file."""
+        self._attempt(name, lambda file: file.write_bytes(content))
 
     def drop(self, name: str) -> None:
         """What the directory holds under this name goes when the files are put in place."""

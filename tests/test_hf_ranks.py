@@ -11,7 +11,7 @@ from ranks import run_ranks
 
 from coterie.models.gpt import GPT
 from coterie.models.parallelize import parallelize
-from coterie.models.tensor_files import StoredTensors
+from coterie.models.stored import StoredTensors
 from coterie.models.weights import full_state_dict, load_model, load_weights, read_config
 from coterie.parallel.mesh import build_mesh
 
