@@ -174,13 +174,14 @@ def report(runs: Text[list[Path]]) -> None:
 
 
 def bench(
-    what: Text[Literal["layer", "train", "alltoall", "layouts", "plan"]],
+    what: Text[Literal["layer", "train", "alltoall", "layouts", "plan", "load"]],
     json: Path | None = None,
     quick: bool = False,
     netns: bool = False,
 ) -> None:
     """Measure side by side: one MoE layer, or a full training step, against peers and the machine's limit; or the
-    exchanges of expert parallelism; or a training step under several layouts; or the planner against such steps.
+    exchanges of expert parallelism; or a training step under several layouts; or the planner against such steps; or
+    loading a checkpoint from disk.
 
     Args:
         what: Which benchmark.
@@ -201,6 +202,8 @@ def bench(
         from .benchmarks.layouts import main as run
     elif what == "plan":
         from .benchmarks.plan import main as run
+    elif what == "load":
+        from .benchmarks.loading import main as run
     else:
         from .benchmarks.train import main as run
     run(json=json, quick=quick)

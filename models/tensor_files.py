@@ -22,6 +22,17 @@ FILE_BYTES = 5 * 10**9
 
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Types of weights, in safetensors' words."""
+STORED = {kind: dtype for dtype, kind in KINDS.items()} | {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""What a safetensors file can hold."""
 
 
 class Head(NamedTuple):
@@ -82,6 +93,17 @@ class StoredTensors:
     def kind(self, name: str) -> str:
         """The stored type in safetensors' words: F32, BF16, I64, ..."""
         return self._files[name].get_slice(name).get_dtype()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored type.
+
+        Raises:
+            ValueError: PyTorch has none for it.
+        """
+        kind = self.kind(name)
+        if kind not in STORED:
+            raise ValueError(f"{self.source}: {name} is stored as {kind}, expected one of {', '.join(STORED)}")
+        return STORED[kind]
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
         """A box of one tensor, on the CPU; no more of the file is read."""
