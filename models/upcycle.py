@@ -84,7 +84,8 @@ def upcycled_config(dense: ModelConfig, how: Upcycling) -> ModelConfig:
         raise ValueError(f"the dense width {dense.hidden} does not divide into granularity {how.granularity} slices")
     routed = how.granularity - how.shared
     if how.shared < 0 or routed < 1:
-        raise ValueError(f"shared must be 0 to {how.granularity - 1} of the {how.granularity} slices, not {how.shared}")
+        told = f"{how.granularity - 1} of the {how.granularity} slices"
+        raise ValueError(f"shared must be 0 to {told}, not {how.shared}")
     _check_groups(how, routed)
     hidden = dense.hidden // how.granularity
     moe = MoEConfig(
@@ -160,9 +161,10 @@ class _Scales:
 def _scales(how: Upcycling, part: str, experts: int, activation: str) -> _Scales:
     """What makes the sum over a token's choices the dense answer.
 
-    K / V groups are chosen, and within one all weights are equal: every slice gets W / V in all, so an expert's answer
-    is scaled by V / W. b_out would count W times; a shared expert takes it whole. Both factors of swiglu's answer take
-    their part, because training goes better so (section 2.3.1); gelu is not homogeneous, and w_out takes all.
+    K / V groups are chosen, and within one all weights are equal: every slice gets W / V in all, so an expert's
+    answer is scaled by V / W. b_out would count W times; a shared expert takes it whole. Both factors of swiglu's
+    answer take their part, because training goes better so (section 2.3.1); gelu is not homogeneous, and w_out takes
+    all.
     """
     if part == "shared":
         double = 2.0 if how.shared_gate else 1.0
@@ -260,8 +262,8 @@ class Upcycled:
             factor = scales.out if kind == "w_out" else scales.b_out
             return found if factor == 1 else found * factor
         if scales.up != 1:
-            found = found.clone()
-            found[max(1 - box[0].start, 0) : max(2 - box[0].start, 0)] *= scales.up
+            found, first = found.clone(), next(iter(box)).start
+            found[max(1 - first, 0) : max(2 - first, 0)] *= scales.up
         return found
 
 

@@ -159,10 +159,8 @@ def test_bf16_weights_keep_their_digits_where_the_scale_is_a_power_of_two() -> N
 
 
 def test_the_same_seed_gives_the_same_router_and_another_one_another() -> None:
-    one, two, other = (
-        Upcycled(DENSE, Held(dense_tensors(DENSE)), replace(HOWS["copies"], seed=s)).read("blocks.0.moe.gate.weight", ())
-        for s in (1, 1, 2)
-    )
+    views = (Upcycled(DENSE, Held(dense_tensors(DENSE)), replace(HOWS["copies"], seed=s)) for s in (1, 1, 2))
+    one, two, other = (view.read("blocks.0.moe.gate.weight", ()) for view in views)
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
     assert 0.01 < one.std() < 0.03
