@@ -5,18 +5,26 @@ Shapes: B batch, S sequence, H heads, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .backend import choose, jit, on_device, tl, triton
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions * theta^(-2i / head_dim): fp32, shape (*positions.shape, head_dim / 2)."""
+def rope_table(
+    positions: Tensor, head_dim: int, theta: float, scale: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions * theta^(-2i / head_dim): fp32, shape (*positions.shape, head_dim / 2).
+
+    `scale` makes other rates, in radians per position, of these (head_dim / 2,).
+    """
     if head_dim % 2:
         raise ValueError(f"rope needs an even head_dim, got {head_dim}")
     power = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angle = positions[..., None].float() * (1.0 / theta**power)
+    rates = 1.0 / theta**power
+    angle = positions[..., None].float() * (rates if scale is None else scale(rates))
     return angle.cos(), angle.sin()
 
 

@@ -5,6 +5,7 @@ B batch, S sequence, D model, H query heads, G key-value heads, d head width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from ..kernels.attention import causal_attention
 from ..kernels.rope import rope
 from ..moe.experts import identity
-from .config import ModelConfig
-from .layers import Heads, Linear, Norm
+from .config import ModelConfig, RopeScaling
+from .layers import Heads, HeadsNorm, Linear, Norm
 
 
 class Cache(Protocol):
@@ -40,12 +41,11 @@ class Attention(nn.Module):
         super().__init__()
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         width, heads, dim = config.width_per_head, config.heads, config.dim
-        self.q = Heads(dim, (heads,), width, bias=config.bias, **kind)
-        self.kv = Heads(dim, (2, config.num_kv_heads), width, bias=config.bias, **kind)
+        self.q = Heads(dim, (heads,), width, bias=config.attention_bias != "none", **kind)
+        self.kv = Heads(dim, (2, config.num_kv_heads), width, bias=config.attention_bias != "none", **kind)
         self.out = Linear(heads * width, dim, **kind)
-        self.out_bias = nn.Parameter(torch.zeros(dim, **kind)) if config.bias else None
-        self.q_norm = Norm(width, eps=config.norm_eps, **kind) if config.qk_norm else None
-        self.k_norm = Norm(width, eps=config.norm_eps, **kind) if config.qk_norm else None
+        self.out_bias = nn.Parameter(torch.zeros(dim, **kind)) if config.attention_bias == "all" else None
+        self.q_norm, self.k_norm = (_head_norm(config, n, kind) for n in (heads, config.num_kv_heads))
         self.enter: Callable[[Tensor], Tensor] = identity
         self.leave: Callable[[Tensor], Tensor] = identity
         self.once: Callable[[Tensor], Tensor] = identity
@@ -74,3 +74,20 @@ class Attention(nn.Module):
             o_BSHd = cache.attend(layer, q_BSHd, k_BSGd, v_BSGd)
         bias_D = None if self.out_bias is None else self.once(self.out_bias)
         return self.leave(self.out(o_BSHd.flatten(2), bias_D))
+
+
+def _head_norm(config: ModelConfig, heads: int, kind: dict[str, Any]) -> Norm | None:
+    width, eps = config.width_per_head, config.norm_eps
+    if config.qk_norm == "all":
+        return HeadsNorm(heads, width, eps, **kind)
+    return Norm(width, eps=eps, **kind) if config.qk_norm == "head" else None
+
+
+def scaled(rates: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotations per position, in radians, slowed down as `RopeScaling` says."""
+    slow = rates / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = rates * (scaling.original_max_positions / (2 * math.pi))
+    return torch.lerp(slow, rates, ((turns - low) / (high - low)).clamp(0, 1))

@@ -20,7 +20,7 @@ from ..moe.balance import update_bias
 from ..moe.experts import FeedForward, identity
 from ..moe.gate import Routing, Stats
 from ..moe.layer import MoE
-from .attention import Attention, Cache
+from .attention import Attention, Cache, scaled
 from .config import ModelConfig
 from .init import init_weights
 from .layers import Embedding, Norm
@@ -124,7 +124,7 @@ class Block(nn.Module):
 
 
 def _mlp(config: ModelConfig, kind: dict[str, Any]) -> FeedForward:
-    return FeedForward(config.dim, config.hidden, activation=config.activation, bias=config.bias, **kind)
+    return FeedForward(config.dim, config.hidden, activation=config.activation, bias=config.mlp_bias, **kind)
 
 
 class GPT(nn.Module):
@@ -225,7 +225,9 @@ class GPT(nn.Module):
         x_BSD = self.embed(tokens_BS)
         if self.positions is not None:
             return x_BSD + self.positions(self.own(positions_BS)), None, None
-        return x_BSD, *rope_table(positions_BS, self.config.width_per_head, self.config.rope_theta)
+        scaling = self.config.rope_scaling
+        scale = None if scaling is None else partial(scaled, scaling=scaling)
+        return x_BSD, *rope_table(positions_BS, self.config.width_per_head, self.config.rope_theta, scale)
 
     def _head(self, x_BSD: Tensor, targets_BS: Tensor | None, keep: int) -> tuple[Tensor | None, Tensor | None]:
         weight = self.embed.weight if self.head is None else self.head.weight

@@ -48,6 +48,27 @@ class Norm(nn.Module):
         return self(total), total
 
 
+class HeadsNorm(Norm):
+    """RMSNorm over the widths of all heads together, with a weight (H * d,) (OLMoE).
+
+    `parallelize` replaces two hooks where each rank has some heads: `share` gives their part of the weight, `total`
+    sums the heads' squares over the ranks.
+    """
+
+    def __init__(self, heads: int, width: int, eps: float = 1e-5, *, device=None, dtype=None) -> None:
+        super().__init__(heads * width, eps=eps, device=device, dtype=dtype)
+        self.total: Callable[[Tensor], Tensor] = identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H, d) -> (..., H, d)."""
+        weight, flat = self.share(self.weight), x.flatten(-2)
+        if self.total is identity:
+            return rms_norm(flat, weight, self.eps).view(x.shape)
+        wide = flat.float()
+        square = self.total(wide.square().sum(-1, keepdim=True)) / len(self.weight)
+        return (wide * torch.rsqrt(square + self.eps) * weight).to(x.dtype).view(x.shape)
+
+
 class Embedding(nn.Embedding):
     """A table (V, D). `parallelize` replaces `look_up` where each rank holds some of the words."""
 

@@ -57,7 +57,7 @@ def _layer(config: ModelConfig, layer: int) -> tuple[int, int, int, int]:
     moe, number = config.moe, config.experts_of(layer)
     rest = _attention(config)
     if not number:
-        return rest + _mlp(config.dim, config.hidden, config.activation, config.bias), 0, 0, 0
+        return rest + _mlp(config.dim, config.hidden, config.activation, config.mlp_bias), 0, 0, 0
     expert = _mlp(config.dim, config.expert_hidden, moe.activation, moe.bias)
     rest += number * config.dim
     if moe.residual:
@@ -72,8 +72,8 @@ def _attention(config: ModelConfig) -> int:
     width, heads = config.width_per_head, config.heads
     rows = (heads + 2 * config.num_kv_heads) * width
     count = rows * config.dim + heads * width * config.dim
-    count += rows + config.dim if config.bias else 0
-    return count + (2 * width if config.qk_norm else 0)
+    count += {"none": 0, "qkv": rows, "all": rows + config.dim}[config.attention_bias]
+    return count + {"none": 0, "head": 2, "all": heads + config.num_kv_heads}[config.qk_norm] * width
 
 
 def _mlp(dim: int, hidden: int, activation: str, bias: bool) -> int:

@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .tensor_files import KINDS, WORDS
+
 PIECE = 2**26
 """Bytes of a tensor that are held at a time, or one row of its first axis if that is more."""
 
@@ -97,8 +99,9 @@ class Inward:
         for name in there:
             if name in wanted and theirs.shape(name) != wanted[name]:
                 problems.append(f"{name} has shape {list(theirs.shape(name))}, expected {list(wanted[name])}")
-            elif name in wanted and not theirs.dtype(name).is_floating_point:
-                problems.append(f"{name} is stored as {theirs.dtype(name)}, expected numbers of a weight")
+            elif name in wanted and theirs.dtype(name) not in KINDS:
+                kind = WORDS.get(theirs.dtype(name))
+                problems.append(f"{name} is stored as {kind}, expected one of {', '.join(KINDS.values())}")
             elif name not in wanted and not re.fullmatch(ignored, name):
                 problems.append(f"{name} is unknown")
         if problems:

@@ -35,7 +35,8 @@ def _paper(layers: int, dim: int, heads: int, experts: tuple[int, ...] = (), res
         activation="gelu",
         norm="layernorm",
         positions="learned",
-        bias=True,
+        attention_bias="all",
+        mlp_bias=True,
         tied_head=True,
         init_std=0.01 if dim >= 4096 else 0.014,
         experts=experts,
@@ -130,7 +131,7 @@ def _modern(
         heads=dim // 64,
         kv_heads=dim // 128,
         hidden=hidden,
-        qk_norm=True,
+        qk_norm="head",
         experts=experts,
         moe=moe or MoEConfig(),
     )

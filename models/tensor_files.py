@@ -34,6 +34,19 @@ STORED = {kind: dtype for dtype, kind in KINDS.items()} | {
 }
 """What a safetensors file can hold."""
 
+WORDS = KINDS | {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+"""All types that a file may hold."""
+_DTYPES = {kind: dtype for dtype, kind in WORDS.items()}
+
 
 class Head(NamedTuple):
     """What a file says of a tensor before its values."""
@@ -90,9 +103,15 @@ class StoredTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def kind(self, name: str) -> str:
-        """The stored type in safetensors' words: F32, BF16, I64, ..."""
-        return self._files[name].get_slice(name).get_dtype()
+    def dtype(self, name: str) -> torch.dtype:
+        """
+        Raises:
+            ValueError: a type that torch has no name for.
+        """
+        kind = self._files[name].get_slice(name).get_dtype()
+        if kind not in _DTYPES:
+            raise ValueError(f"{self.source} stores {name} as {kind}, which is no type of a weight")
+        return _DTYPES[kind]
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored type.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -15,9 +16,10 @@ from ..moe.layer import MoE
 from ..moe.slices import Slices
 from ..parallel.collectives import all_reduce_sum
 from ..parallel.mesh import Mesh
-from ..parallel.tensor import gather_sequence, once, own_positions, scatter_sequence, share
+from ..parallel.tensor import gather_sequence, once, own_positions, scatter_sequence, share, sum_over
 from .attention import Attention
 from .gpt import GPT, Block
+from .layers import HeadsNorm
 from .vocab_parallel import VocabParallel
 
 
@@ -47,9 +49,18 @@ def _spread_attention(attention: Attention, tp: DeviceMesh) -> None:
         _cut(attention.kv, name, tp, 1)
     _cut(attention.out, "weight", tp, 1)
     _hook(attention, tp)
+    group = tp.get_group()
     for norm in (attention.q_norm, attention.k_norm):
-        if norm is not None:
-            norm.share = functools.partial(share, group=tp.get_group())
+        if isinstance(norm, HeadsNorm):
+            norm.share = functools.partial(_own_heads, group=group)
+            norm.total = functools.partial(sum_over, group=group)
+        elif norm is not None:
+            norm.share = functools.partial(share, group=group)
+
+
+def _own_heads(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's heads' part of a weight that all hold: it has one dimension, which FSDP cuts already."""
+    return share(weight, group).chunk(group.size())[group.rank()]
 
 
 def _spread_feed_forward(mlp: FeedForward, tp: DeviceMesh) -> None:
@@ -70,7 +81,7 @@ def keep_out_of_graphs(block: Block) -> None:
     attention = block.attention
     owners = (attention, block.mlp, attention.q_norm, attention.k_norm)
     for owner in owners:
-        for name in ("enter", "leave", "once", "share"):
+        for name in ("enter", "leave", "once", "share", "total"):
             hook = getattr(owner, name, identity)
             if hook is not identity:
                 setattr(owner, name, torch.compiler.disable(hook))

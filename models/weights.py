@@ -5,11 +5,10 @@ Tensors carry the names of the model's parameters and buffers; a tied head is no
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,81 +16,55 @@ from torch.distributed.tensor import DTensor
 
 from ..parallel.tensor import local_part
 from .config import ModelConfig
+from .config_file import MODEL_TYPE, config_to_dict
 from .gpt import GPT
+from .hf import FAMILIES, config_of, inward, shapes_of
+from .parts import Inward, Source
 from .shards import local_box
-from .tensor_files import FILE_BYTES, KINDS, Drafts, Head, StoredTensors, write_tensors
+from .tensor_files import FILE_BYTES, KINDS, WORDS, Drafts, Head, StoredTensors, write_tensors
 from .tokenizer import Tokenizer
-
-MODEL_TYPE = "coterie"
-STORED_DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
-
-
-def config_to_dict(config: ModelConfig) -> dict[str, Any]:
-    """What config.json holds."""
-    head = {"model_type": MODEL_TYPE, "architectures": ["CoterieForCausalLM"]}
-    return head | json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def config_from_dict(data: dict[str, Any]) -> ModelConfig:
-    """The config of `config_to_dict`; a field that is left out takes its default.
-
-    Raises:
-        ValueError: another model_type, an unknown field, a value of the wrong type or sizes that do not fit.
-    """
-    kind = data.get("model_type")
-    if kind != MODEL_TYPE:
-        raise ValueError(f"config.json has model_type {kind!r}, expected {MODEL_TYPE!r}")
-    problems: list[str] = []
-    ours = {k: v for k, v in data.items() if k not in ("model_type", "architectures")}
-    config = _build(ModelConfig, ours, "", problems)
-    if problems:
-        raise ValueError("config.json: " + "; ".join(problems))
-    return config
-
-
-def _build(kind: type, data: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    hints, values = get_type_hints(kind), {}
-    for name, value in data.items():
-        hint = hints.get(name)
-        if hint is None:
-            problems.append(f"unknown field {prefix}{name}")
-        elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
-            values[name] = _build(hint, value, f"{prefix}{name}.", problems)  # type: ignore[arg-type]
-        elif not _fits(hint, value):
-            problems.append(f"{prefix}{name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
-        else:
-            values[name] = tuple(value) if isinstance(value, list) else value
-    return None if problems else kind(**values)
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    if isinstance(hint, UnionType):
-        return any(_fits(part, value) for part in get_args(hint))
-    if isinstance(hint, type) and not get_args(hint):
-        numbers = (int, float) if hint is float else hint
-        return isinstance(value, numbers) and (hint is bool or not isinstance(value, bool))
-    if getattr(hint, "__origin__", None) is tuple:
-        return isinstance(value, list) and all(_fits(get_args(hint)[0], item) for item in value)
-    return value in get_args(hint)  # a Literal
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The config of a model directory.
+    """The config of a model directory, ours or one in Hugging Face's layout (`hf.FAMILIES`).
 
     Raises:
         FileNotFoundError: no config.json.
-        ValueError: it is not one of ours.
+        ValueError: it is damaged, or asks for what coterie lacks.
     """
-    file = Path(directory) / "config.json"
+    return config_of(_config_data(Path(directory)))
+
+
+def _config_data(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json")
+        raise FileNotFoundError(f"{folder} is not a model directory: it has no config.json")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} holds no JSON object")
-    return config_from_dict(data)
+    return data
+
+
+def open_model(directory: str | Path) -> tuple[ModelConfig, Source]:
+    """The config and the tensors, under our names, of a model directory of either kind. No tensor is read yet.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: config or weights do not fit; every wrong tensor is named.
+    """
+    folder = Path(directory)
+    data = _config_data(folder)
+    config, stored = config_of(data), StoredTensors(folder)
+    family = FAMILIES.get(data["model_type"])
+    if family is not None:
+        return config, inward(family, config, stored)
+    if config.layers > len(stored.names()):
+        raise ValueError(f"{stored.source} does not fit the model: {config.layers} layers need more tensors")
+    _check_fit(shapes_of(config), stored)
+    return config, stored
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -158,7 +131,7 @@ def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dty
     """Builds the model of a directory on one device.
 
     Args:
-        directory: as `save_model` writes it.
+        directory: as `save_model` writes it, or of another project (`hf.FAMILIES`).
         device: where the parameters go.
         dtype: of the matrices (the router stays in fp32); None: as stored.
 
@@ -166,13 +139,9 @@ def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dty
         FileNotFoundError: a file is missing.
         ValueError: config or weights do not fit; every wrong tensor is named.
     """
-    folder = Path(directory)
-    config, stored = read_config(folder), StoredTensors(folder)
-    if config.layers > len(stored.names()):
-        raise ValueError(f"{stored.source} does not fit the model: {config.layers} layers need more tensors")
+    config, stored = open_model(directory)  # before memory is taken for what a wrong config asks for
     model = GPT(config, device="meta")
-    _check_fit(model.state_dict(), stored)  # before memory is taken for what a wrong config asks for
-    kind = STORED_DTYPES[stored.kind("embed.weight")] if dtype is None else dtype
+    kind = stored.dtype("embed.weight") if dtype is None else dtype
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype != kind and stored_dtype(_role(module, name), kind) == kind:
@@ -199,25 +168,32 @@ def load_weights(directory: str | Path, model: nn.Module) -> None:
         ValueError: tensors missing, unknown or of another shape or kind: all of them in one message, and nothing is
             read.
     """
-    stored = StoredTensors(Path(directory))
-    _check_fit(model.state_dict(), stored)
+    folder = Path(directory)
+    ours = not (folder / "config.json").exists() or _config_data(folder).get("model_type") == MODEL_TYPE
+    stored = StoredTensors(folder) if ours else open_model(folder)[1]
+    _check_fit({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, stored)
     _read(stored, model)
 
 
-def _check_fit(wanted: dict[str, Tensor], stored: StoredTensors) -> None:
+def _check_fit(wanted: Mapping[str, tuple[int, ...]], stored: Source) -> None:
     shapes = {name: stored.shape(name) for name in stored.names()}
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
     problems += [f"{name} is unknown" for name in shapes if name not in wanted]
-    for name, tensor in wanted.items():
-        if name in shapes and shapes[name] != tuple(tensor.shape):
-            problems.append(f"{name} has shape {list(shapes[name])}, expected {list(tensor.shape)}")
-        elif name in shapes and stored.kind(name) not in STORED_DTYPES:
-            problems.append(f"{name} is stored as {stored.kind(name)}, expected one of {', '.join(STORED_DTYPES)}")
+    for name, shape in wanted.items():
+        if name in shapes and shapes[name] != shape:
+            problems.append(f"{name} has shape {list(shapes[name])}, expected {list(shape)}")
+        elif name in shapes and stored.dtype(name) not in KINDS:
+            kind = WORDS.get(stored.dtype(name))
+            problems.append(f"{name} is stored as {kind}, expected one of {', '.join(KINDS.values())}")
     if problems:
         raise ValueError(f"{stored.source} does not fit the model: " + "; ".join(problems))
 
 
 @torch.no_grad()
-def _read(stored: StoredTensors, model: nn.Module) -> None:
+def _read(stored: Source, model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
-        local_part(tensor).copy_(stored.read(name, local_box(tensor)))
+        target, box = local_part(tensor), local_box(tensor)
+        if isinstance(stored, Inward):
+            stored.fill(target, name, box)
+        else:
+            target.copy_(stored.read(name, box))

@@ -43,6 +43,9 @@ class GateConfig:
     """Weight of the load-balancing loss E * sum_i f_i P_i (Switch eq. 4): 1.0 at balance, summed over layers."""
     aux_scope: Literal["micro", "sequence", "global"] = "global"
     """Whose token fractions f_i: this micro-batch's on this rank, each sequence's own, or the global batch's."""
+    aux_over: Literal["layer", "model"] = "layer"
+    """layer: each MoE layer has its own loss, and they are summed. model: one loss over the tokens of all MoE layers
+    together, k times as large: top_k at balance (Hugging Face's `load_balancing_loss_func`)."""
     z_weight: float = 0.0
     """Weight of the router z-loss, mean logsumexp(logits)^2 (ST-MoE eq. 5)."""
     bias_update: float = 0.0
@@ -56,6 +59,8 @@ class GateConfig:
                 raise ValueError(f"{name} must be over 0 (or None for dropless), but {factor} was given")
         if not 1 <= self.topk_groups <= self.groups:
             raise ValueError(f"topk_groups={self.topk_groups} must lie in 1..groups={self.groups}")
+        if self.aux_over == "model" and self.aux_scope == "sequence":
+            raise ValueError("aux_over='model' has no loss per sequence: use aux_scope='micro' or 'global'")
         if self.noise == "jitter" and not 0 < self.jitter_eps < 1:
             raise ValueError(f"jitter_eps must lie between 0 and 1, but {self.jitter_eps} was given")
         if min(self.aux_weight, self.z_weight, self.bias_update, self.min_capacity) < 0:

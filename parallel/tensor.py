@@ -47,6 +47,11 @@ def share(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _carry(x, lambda x, _: x.view_as(x), all_reduce_sum, group)
 
 
+def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the ranks, which all use, each for another part: the gradient is their gradients' sum."""
+    return _carry(x, all_reduce_sum, all_reduce_sum, group)
+
+
 def once(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The value on the first rank and zeros on the others, so that a sum over the ranks holds it once.
 

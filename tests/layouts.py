@@ -23,7 +23,7 @@ MODERN = ModelConfig(
     kv_heads=4,
     head_dim=6,
     hidden=40,
-    qk_norm=True,
+    qk_norm="head",
     experts=(0, 2, 4, 8),
     moe=MoEConfig(top_k=2, hidden=16, residual=True, gate=GateConfig(aux_weight=0.05, z_weight=0.01)),
 )
@@ -37,8 +37,9 @@ GPT2 = replace(
     activation="gelu",
     norm="layernorm",
     positions="learned",
-    bias=True,
-    qk_norm=False,
+    attention_bias="all",
+    mlp_bias=True,
+    qk_norm="none",
     tied_head=False,
     moe=MoEConfig(
         top_k=1,

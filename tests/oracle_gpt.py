@@ -72,14 +72,14 @@ def _attention(p: dict[str, Tensor], x_SD: Tensor, config: ModelConfig) -> Tenso
     """Head by head: softmax(q k / sqrt(d)) v over the positions up to each."""
     S, width, shared = len(x_SD), config.width_per_head, config.heads // config.num_kv_heads
     later = torch.ones(S, S, dtype=torch.bool).triu(1)
+    q_HSd = [_project(p, "q", x_SD, head) for head in range(config.heads)]
+    k_GSd, v_GSd = ([_project(p, "kv", x_SD, i, group) for group in range(config.num_kv_heads)] for i in (0, 1))
+    if config.qk_norm != "none":
+        q_HSd, k_GSd = (_head_norm(p, f"attention.{n}_norm", x, config) for n, x in (("q", q_HSd), ("k", k_GSd)))
     answers = []
     for head in range(config.heads):
         group = head // shared
-        q_Sd = x_SD @ p["attention.q.weight"][head].T + _bias(p, "attention.q.bias", head)
-        k_Sd = x_SD @ p["attention.kv.weight"][0, group].T + _bias(p, "attention.kv.bias", 0, group)
-        v_Sd = x_SD @ p["attention.kv.weight"][1, group].T + _bias(p, "attention.kv.bias", 1, group)
-        if config.qk_norm:
-            q_Sd, k_Sd = (_norm(p, f"attention.{n}_norm", x, config) for n, x in (("q", q_Sd), ("k", k_Sd)))
+        q_Sd, k_Sd, v_Sd = q_HSd[head], k_GSd[group], v_GSd[group]
         if config.positions == "rotary":
             q_Sd, k_Sd = _rotate(q_Sd, config), _rotate(k_Sd, config)
         scores_SS = (q_Sd @ k_Sd.T / math.sqrt(width)).masked_fill(later, -math.inf)
@@ -87,18 +87,43 @@ def _attention(p: dict[str, Tensor], x_SD: Tensor, config: ModelConfig) -> Tenso
     return torch.cat(answers, 1) @ p["attention.out.weight"].T + p.get("attention.out_bias", 0)
 
 
-def _bias(p: dict[str, Tensor], name: str, *place: int) -> Tensor | int:
-    return p[name][place] if name in p else 0
+def _project(p: dict[str, Tensor], name: str, x_SD: Tensor, *place: int) -> Tensor:
+    bias = p[f"attention.{name}.bias"][place] if f"attention.{name}.bias" in p else 0
+    return x_SD @ p[f"attention.{name}.weight"][place].T + bias
+
+
+def _head_norm(p: dict[str, Tensor], name: str, x_HSd: list[Tensor], config: ModelConfig) -> list[Tensor]:
+    """Each head by itself, or all of them side by side."""
+    if config.qk_norm == "head":
+        return [_norm(p, name, x_Sd, config) for x_Sd in x_HSd]
+    return list(_norm(p, name, torch.cat(x_HSd, 1), config).chunk(len(x_HSd), 1))
 
 
 def _rotate(x_Sd: Tensor, config: ModelConfig) -> Tensor:
     """Pairs (i, i + d / 2) turned by s * theta^(-2 i / d) (arXiv 2104.09864, the half-split order)."""
     S, width = x_Sd.shape
     half = width // 2
-    rates = torch.tensor([config.rope_theta ** (-2 * i / width) for i in range(half)], dtype=torch.float64)
+    rates = torch.tensor(
+        [_rate(config.rope_theta ** (-2 * i / width), config) for i in range(half)], dtype=torch.float64
+    )
     angles_Sh = torch.arange(S, dtype=torch.float64)[:, None] * rates
     a, b = x_Sd[:, :half], x_Sd[:, half:]
     return torch.cat([a * angles_Sh.cos() - b * angles_Sh.sin(), b * angles_Sh.cos() + a * angles_Sh.sin()], 1)
+
+
+def _rate(rate: float, config: ModelConfig) -> float:
+    """Slowed down by wavelength: short ones stay, long ones are stretched, and between them both are mixed."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return rate
+    slow, wavelength = rate / scaling.factor, 2 * math.pi / rate
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if scaling.kind == "linear" or wavelength > scaling.original_max_positions / low:
+        return slow
+    if wavelength < scaling.original_max_positions / high:
+        return rate
+    share = (scaling.original_max_positions / wavelength - low) / (high - low)
+    return (1 - share) * slow + share * rate
 
 
 def _moe(

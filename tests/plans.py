@@ -22,7 +22,7 @@ MODERN = ModelConfig(
     heads=4,
     kv_heads=2,
     hidden=80,
-    qk_norm=True,
+    qk_norm="head",
     experts=(0, 4, 8),
     moe=MoEConfig(top_k=2, hidden=48, residual=True, gate=GateConfig(z_weight=1e-3)),
 )
@@ -36,7 +36,8 @@ PAPER = ModelConfig(
     activation="gelu",
     norm="layernorm",
     positions="learned",
-    bias=True,
+    attention_bias="all",
+    mlp_bias=True,
     experts=(0, 4),
     moe=MoEConfig(
         top_k=1,
@@ -46,7 +47,7 @@ PAPER = ModelConfig(
         gate=GateConfig(capacity_factor=1.0, renormalize="none", aux_scope="micro", drop_policy="random"),
     ),
 )
-SHARED = replace(MODERN, qk_norm=False, moe=MoEConfig(top_k=2, hidden=48, shared_hidden=40, shared_gate=True))
+SHARED = replace(MODERN, qk_norm="none", moe=MoEConfig(top_k=2, hidden=48, shared_hidden=40, shared_gate=True))
 DENSE = replace(MODERN, experts=(), tied_head=False, kv_heads=0)
 TINY = {"modern": MODERN, "paper": PAPER, "shared": SHARED, "dense": DENSE}
 

@@ -25,7 +25,7 @@ MODERN = ModelConfig(
     heads=6,
     kv_heads=2,
     hidden=28,
-    qk_norm=True,
+    qk_norm="head",
     init_std=0.3,
     tied_head=False,
     experts=(0, 4, 8),
@@ -37,8 +37,9 @@ GPT2 = replace(
     positions="learned",
     norm="layernorm",
     activation="gelu",
-    bias=True,
-    qk_norm=False,
+    attention_bias="all",
+    mlp_bias=True,
+    qk_norm="none",
     moe=MoEConfig(top_k=1, hidden=20, activation="gelu", bias=True, gate=GateConfig(capacity_factor=1.0)),
 )
 

@@ -23,7 +23,7 @@ MODERN = ModelConfig(
     head_dim=10,
     hidden=28,
     norm_eps=1e-6,
-    qk_norm=True,
+    qk_norm="head",
     tied_head=False,
     experts=(4, 0, 6),
     moe=MoEConfig(top_k=2, hidden=20),
@@ -38,7 +38,8 @@ GPT2 = ModelConfig(
     activation="gelu",
     norm="layernorm",
     positions="learned",
-    bias=True,
+    attention_bias="all",
+    mlp_bias=True,
 )
 NOISY = GateConfig(noise="gumbel", capacity_factor=1.0, min_capacity=1, drop_policy="random")
 

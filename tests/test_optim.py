@@ -41,7 +41,7 @@ def test_learning_rate(config: OptimConfig, tokens: int, expected: float) -> Non
 
 
 def test_decay_is_for_matrices_alone() -> None:
-    config = replace(small_model(), norm="layernorm", positions="learned", bias=True, activation="gelu")
+    config = replace(small_model(), norm="layernorm", positions="learned", attention_bias="all", activation="gelu")
     model = build(replace(config, moe=replace(config.moe, activation="gelu", bias=True)))
     optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3))
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.3 for p in g["params"]}

@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
     heads=6,
     kv_heads=2,
     hidden=20,
-    qk_norm=True,
+    qk_norm="head",
     experts=(0, 2, 4, 8),
     moe=MoEConfig(top_k=2, hidden=12, residual=True, gate=GateConfig(aux_weight=0.01, z_weight=0.001)),
 )
@@ -37,8 +37,9 @@ GPT2 = replace(
     activation="gelu",
     norm="layernorm",
     positions="learned",
-    bias=True,
-    qk_norm=False,
+    attention_bias="all",
+    mlp_bias=True,
+    qk_norm="none",
     tied_head=False,
     # An odd width, which no second cut divides.
     moe=MoEConfig(top_k=1, hidden=11, activation="gelu", bias=True, shared_hidden=10, shared_gate=True),

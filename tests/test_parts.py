@@ -103,7 +103,7 @@ def test_all_that_does_not_fit_is_named_at_once() -> None:
     for part in (
         "b0 is missing",
         "norm has shape [6], expected [5]",
-        "e0.up is stored as torch.int64",
+        "e0.up is stored as I64",
         "odd is unknown",
     ):
         assert part in str(caught.value)

@@ -127,7 +127,7 @@ POWERS = st.sampled_from([1, 2, 4, 8])
 
 def _round(scale: int) -> ModelConfig:
     moe = MoEConfig(top_k=2, hidden=64 * scale, residual=True)
-    return replace(MODERN, dim=128, hidden=256, heads=8, kv_heads=8, qk_norm=False, experts=(0, 8, 8), moe=moe)
+    return replace(MODERN, dim=128, hidden=256, heads=8, kv_heads=8, qk_norm="none", experts=(0, 8, 8), moe=moe)
 
 
 @given(POWERS, POWERS, st.sampled_from([1, 2, 4]), st.sampled_from(["none", "selective", "full"]), st.booleans())

@@ -81,7 +81,8 @@ def test_pyramids() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"qk_norm": False, "tied_head": False, "bias": True},
+        {"qk_norm": "none", "tied_head": False, "attention_bias": "all", "mlp_bias": True},
+        {"qk_norm": "all", "attention_bias": "qkv", "head_dim": 10},
         {"head_dim": 20, "positions": "learned", "norm": "layernorm", "activation": "gelu"},
         {"moe": MoEConfig(top_k=2, shared_hidden=24, shared_gate=True, bias=True)},
         {"moe": MoEConfig(top_k=3, residual=True, hidden=12, activation="gelu", bias=True)},
@@ -90,7 +91,7 @@ def test_pyramids() -> None:
 )
 def test_counts_of_every_option(change: dict) -> None:
     config = ModelConfig(
-        vocab_size=50, layers=3, dim=48, heads=6, kv_heads=2, hidden=30, qk_norm=True, experts=(0, 4, 8)
+        vocab_size=50, layers=3, dim=48, heads=6, kv_heads=2, hidden=30, qk_norm="head", experts=(0, 4, 8)
     )
     config = replace(config, **change)
     model, count = GPT(config, device="meta"), count_params(config)

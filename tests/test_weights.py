@@ -262,7 +262,14 @@ def test_configs_come_back(name: str) -> None:
         ({"layers": "two"}, "layers is 'two', expected int"),
         ({"colour": 1}, "unknown field colour"),
         ({"norm": "batchnorm"}, "norm is 'batchnorm'"),
-        ({"bias": 1}, "bias is 1, expected bool"),
+        ({"mlp_bias": 1}, "mlp_bias is 1, expected bool"),
+        ({"attention_bias": True}, "attention_bias is True, expected"),
+        ({"rope_scaling": 2}, "rope_scaling is 2, expected"),
+        (
+            {"rope_scaling": {"kind": "linear", "factor": "2", "base": 1}},
+            "factor is '2'.*; unknown field rope_scaling.base",
+        ),
+        ({"rope_scaling": {"kind": "linear"}}, "rope_scaling lacks factor"),
         ({"experts": [0, "4"]}, "experts is"),
         (
             {"moe": {"gate": {"score": "relu", "scale": 2}}},

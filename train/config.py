@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, Literal, cast, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from ..models.config import ModelConfig
 from ..models.fit import check_fit
@@ -181,8 +181,9 @@ def from_dict(data: dict[str, Any], kind: type = TrainConfig) -> Any:
         raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}")
     values = {}
     for name, value in data.items():
-        if is_dataclass(hints[name]) and isinstance(value, dict):
-            value = from_dict(value, cast(type, hints[name]))
+        inner = [hint for hint in (hints[name], *get_args(hints[name])) if is_dataclass(hint)]
+        if inner and isinstance(value, dict):
+            value = from_dict(value, cast(type, inner[0]))
         values[name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 

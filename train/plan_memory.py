@@ -80,9 +80,9 @@ def saved_by_layer(config: ModelConfig, layout: Layout, layer: int, run: Run) ->
     scale = 4 if config.norm == "rmsnorm" else 8
     per_token = 2 * (D * work + scale) / tp + D * work
     per_token += (2 * H + 2 * G) * d * work / tp + 4 * H / tp
-    if config.positions == "rotary" or config.qk_norm:
+    if config.positions == "rotary" or config.qk_norm != "none":
         per_token += (H + G) * d * work / tp
-    per_token += 4 * (H + G) / tp if config.qk_norm else 0
+    per_token += 4 * {"none": 0, "head": (H + G) / tp, "all": 2}[config.qk_norm]
     if config.experts_of(layer):
         feed = (D * work + _moe(config, layout, layer, run)) / tp
     else:

@@ -53,7 +53,7 @@ def weights(config: ModelConfig, layer: int | None) -> list[Weight]:
     found = norm * 2 + _attention(config)
     experts, moe = config.experts_of(layer), config.moe
     if not experts:
-        return found + _feed_forward("mlp", dim, config.hidden, config.activation, config.bias)
+        return found + _feed_forward("mlp", dim, config.hidden, config.activation, config.mlp_bias)
     hidden, kind = config.expert_hidden, (moe.activation, moe.bias)
     found += [Weight("gate", (experts, dim))]
     for weight in _feed_forward("experts", dim, hidden, *kind):
@@ -73,10 +73,11 @@ def _attention(config: ModelConfig) -> list[Weight]:
         Weight("attention", (2, keys, width, dim), 1),
         Weight("attention", (dim, heads * width), 1),
     ]
-    if config.bias:
+    if config.attention_bias != "none":
         found += [Weight("attention", (heads, width), 0), Weight("attention", (2, keys, width), 1)]
-        found += [Weight("attention", (dim,))]
-    return found + ([Weight("attention", (width,))] * 2 if config.qk_norm else [])
+    found += [Weight("attention", (dim,))] if config.attention_bias == "all" else []
+    norms = {"none": [], "head": [width, width], "all": [heads * width, keys * width]}[config.qk_norm]
+    return found + [Weight("attention", (size,)) for size in norms]
 
 
 def _feed_forward(module: str, dim: int, hidden: int, activation: str, bias: bool) -> list[Weight]:

@@ -96,7 +96,7 @@ def _override(name: str, arguments: list[str], first: bool) -> TrainConfig | Non
                 prog=f"pretrain {name}",
                 return_unknown_args=True,
                 console_outputs=first or "--help" not in arguments,
-                config=(tyro.conf.FlagConversionOff,),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as leave:
         if not leave.code:
@@ -104,7 +104,7 @@ def _override(name: str, arguments: list[str], first: bool) -> TrainConfig | Non
         raise ValueError(_plain(trouble.getvalue())) from None
     if unknown:
         flag = next((a for a in unknown if a.startswith("-")), unknown[0])
-        leaves = [f"--{leaf}" for leaf in _leaves(to_dict(config))]
+        leaves = [f"--{leaf}" for leaf in _leaves(to_dict(config)) if f"--{leaf}" != flag]
         near = _nearest(flag.replace("_", "-"), leaves)
         raise ValueError(f"recipe {name} has no option {flag}{near}; --help lists all")
     if init:
