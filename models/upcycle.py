@@ -92,7 +92,7 @@ def upcycled_config(dense: ModelConfig, how: Upcycling) -> ModelConfig:
         top_k=how.top_k,
         hidden=hidden,
         activation=dense.activation,
-        bias=dense.bias,
+        bias=dense.mlp_bias,
         residual=how.residual,
         shared_hidden=hidden * how.shared,
         shared_gate=how.shared_gate,

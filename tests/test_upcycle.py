@@ -16,9 +16,9 @@ from coterie.moe.config import GateConfig
 
 DENSE = ModelConfig(vocab_size=61, max_positions=64, layers=3, dim=24, heads=3, hidden=48, init_std=0.2)
 # Qwen: grouped queries, heads of another width, norms of queries and keys. GPT-2: gelu, biases, learned positions.
-QWEN = replace(DENSE, heads=4, kv_heads=2, head_dim=10, qk_norm=True, tied_head=False)
-GPT2 = replace(DENSE, activation="gelu", norm="layernorm", positions="learned", bias=True)
-BIASED = replace(DENSE, bias=True)
+QWEN = replace(DENSE, heads=4, kv_heads=2, head_dim=10, qk_norm="head", tied_head=False)
+GPT2 = replace(DENSE, activation="gelu", norm="layernorm", positions="learned", attention_bias="all", mlp_bias=True)
+BIASED = replace(DENSE, attention_bias="qkv", mlp_bias=True)
 MODELS = {"swiglu": DENSE, "qwen": QWEN, "gpt2": GPT2, "swiglu with biases": BIASED}
 NONE, SIGMOID = GateConfig(renormalize="none"), GateConfig(score="sigmoid")
 HOWS = {

@@ -58,7 +58,7 @@ def export(
     limit = parse_bytes(max_file_size)
     if dtype not in ("keep", "float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is not one of keep, float32, bfloat16")
-    _check_output(output, force)
+    check_output(output, force)
     checkpoint = find(source, step)
     manifest, stored = read_manifest(checkpoint), StoredState(checkpoint)
     config: ModelConfig = from_dict(manifest["model"], ModelConfig)
@@ -119,7 +119,8 @@ def find(source: Path, step: int | None = None) -> Path:
     raise CheckpointError(f"{problems[0]}; there is no whole one to export instead")
 
 
-def _check_output(output: Path, force: bool) -> None:
+def check_output(output: Path, force: bool) -> None:
+    """Raises ValueError when `output` is there and must not be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not force:
