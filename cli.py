@@ -211,18 +211,9 @@ def upcycle(
     from .moe.config import GateConfig
     from .train.upcycle import upcycle as run
 
-    how = Upcycling(
-        experts_of_layers(experts, read_config(dense).layers, every, layers),
-        top_k,
-        granularity,
-        shared,
-        shared_gate,
-        residual,
-        GateConfig(score=score, renormalize=renormalize, bias_update=bias_update),
-        router_std,
-        noise,
-        seed,
-    )
+    counts = experts_of_layers(experts, read_config(dense).layers, every, layers)
+    gate = GateConfig(score=score, renormalize=renormalize, bias_update=bias_update)
+    how = Upcycling(counts, top_k, granularity, shared, shared_gate, residual, gate, router_std, noise, seed)
     print(f"{output}: {run(dense, output, how, dtype=dtype, max_file_size=max_file_size, force=force)}")
 
 

@@ -119,7 +119,7 @@ def _override(name: str, arguments: list[str], first: bool) -> TrainConfig | Non
 def _given(arguments: Sequence[str], flag: str) -> str:
     """The value of a flag that must be known before the others are read; "": it is not there."""
     found = ""
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = word.partition("=")
         if name == flag:
             found = value if equals else after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +28,7 @@ def upcycle(
     max_file_size: str = "5GB",
     force: bool = False,
 ) -> str:
-    """Writes the MoE's directory and returns a sentence on it: what it is, and whether it says what the dense one says.
+    """Writes the MoE's directory; returns a sentence: what it is, and whether it says what the dense model says.
 
     Args:
         source: a dense model's directory, ours or one in the layout of Hugging Face.
@@ -73,19 +72,15 @@ def _carry(source: Path, drafts: Drafts) -> None:
 
 def describe(dense: ModelConfig, moe: ModelConfig, how: Upcycling) -> str:
     """One sentence: layers, experts, sizes, and how the logits differ."""
-    layers = [layer for layer, count in enumerate(moe.experts) if count]
-    counts = sorted({count for count in moe.experts if count})
-    before, after = count_params(dense), count_params(moe)
+    layers = sum(count > 0 for count in moe.experts)
+    experts = "-".join(str(count) for count in sorted({count for count in moe.experts if count}))
     beside = f", a shared expert of width {moe.moe.shared_hidden}" if how.shared else ""
-    beside += ", a residual MLP" if how.residual else ""
+    beside += ", the dense layer" if how.residual else ""
+    before, after = count_params(dense), count_params(moe)
     why = difference(how)
     return (
-        f"{len(layers)} of {moe.layers} layers have {_range(counts)} experts of width {moe.expert_hidden}{beside}, and "
-        f"a token visits {moe.moe.top_k}; {before.total / 1e6:,.1f}M parameters became {after.total / 1e6:,.1f}M, "
-        f"{after.activated / 1e6:,.1f}M activated; the logits are those of the dense model"
-        + (f" NO MORE: {why}" if why else ", up to rounding")
+        f"{layers} of {moe.layers} layers have {experts} experts of width {moe.expert_hidden}{beside}; "
+        f"a token visits {moe.moe.top_k}. {before.total / 1e6:,.1f}M parameters became {after.total / 1e6:,.1f}M, "
+        f"of which {after.activated / 1e6:,.1f}M are activated. The logits are "
+        + (f"not exactly those of the dense model: {why}" if why else "those of the dense model, up to rounding")
     )
-
-
-def _range(counts: Sequence[int]) -> str:
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
