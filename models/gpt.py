@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.cross_entropy import linear_cross_entropy
 from ..kernels.rope import rope_table
-from ..moe.balance import update_bias
+from ..moe.balance import model_balance_loss, update_bias
 from ..moe.experts import FeedForward, identity
 from ..moe.gate import Routing, Stats
 from ..moe.layer import MoE
@@ -40,7 +40,7 @@ class Output(NamedTuple):
     lm: Tensor | None
     """fp32 sum of cross-entropy over targets that are not -100."""
     aux: Tensor
-    """fp32 token sum of the load-balancing loss, summed over layers, not weighted."""
+    """fp32 token sum of the load-balancing loss, summed over layers or (`aux_over`) of all together, not weighted."""
     z: Tensor
     """fp32 token sum of the router z-loss, summed over layers, not weighted."""
     stats: tuple[Stats, ...]
@@ -208,11 +208,16 @@ class GPT(nn.Module):
         return Output(
             logits,
             lm,
-            sum((r.aux for r in routings), zero),
+            self._aux(routings, zero),
             sum((r.z for r in routings), zero),
             tuple(r.stats for r in routings),
             tuple(r.choices_TK for r in routings),
         )
+
+    def _aux(self, routings: list[Routing], zero: Tensor) -> Tensor:
+        layers = [r.balance for r in routings if r.balance is not None]
+        own = sum((r.aux for r in routings), zero)
+        return model_balance_loss(layers, self.config.moe.top_k) if layers else own
 
     def _embed(
         self, tokens_BS: Tensor, positions_BS: Tensor | None, start: int

@@ -36,8 +36,9 @@ def config_of(data: dict[str, Any]) -> ModelConfig:
         return config_from_dict(data)
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join((MODEL_TYPE, *FAMILIES))
-        why = f" does not read yet, for {_NOT_YET[kind]}" if kind in _NOT_YET else " does not know"
-        raise ValueError(f"config.json has model_type {kind!r}, which coterie{why}: it reads {known}")
+        why = "does not know" if str(kind) not in _NOT_YET else f"does not read yet, because of {_NOT_YET[kind]}"
+        said = "no model_type" if kind is None else f"model_type {kind!r}, which coterie {why}"
+        raise ValueError(f"config.json has {said}: coterie reads {known}")
     fields, config, trouble = Fields(data), None, None
     try:
         config = FAMILIES[kind].read(fields)
@@ -90,17 +91,21 @@ def _check_tied(stored: Source, embed: str) -> None:
         )
 
 
-def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's tensors; no memory is taken.
+def outline(config: ModelConfig) -> GPT:
+    """The model without its tensors' memory.
 
     Raises:
         ValueError: sizes that no tensor can have.
     """
     try:
-        state = GPT(config, device="meta").state_dict()
-    except RuntimeError as error:
-        raise ValueError(f"config.json asks for tensors of impossible sizes: {error}") from None
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return GPT(config, device="meta")
+    except (RuntimeError, OverflowError, TypeError):
+        raise ValueError("config.json asks for tensors larger than any can be") from None
+
+
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in outline(config).state_dict().items()}
 
 
 def outward(family: Family, config: ModelConfig, ours: Source) -> Outward:

@@ -166,7 +166,7 @@ class Family(NamedTuple):
     read: Callable[[Fields], ModelConfig]
     """Their config.json -> ours."""
     write: Callable[[ModelConfig], dict[str, Any]]
-    """Ours -> their config.json. What it cannot say is lost: `hf.upstream` finds out by reading it again."""
+    """Ours -> their config.json. What that cannot say is lost, or a ValueError: ask `hf.upstream` first."""
     table: Callable[[ModelConfig, bool], Table]
     """Where our tensors are. True: all experts of a layer in one tensor; False: one by one."""
     ignored: str

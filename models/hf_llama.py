@@ -153,6 +153,8 @@ def _moe(style: Style, f: Fields, layers: int, hidden: int) -> dict[str, Any]:
 
 
 def _write(style: Style, config: ModelConfig) -> dict[str, Any]:
+    if style.model_type == "llama" and config.dim % config.heads:
+        raise ValueError(f"transformers opens no Llama whose hidden_size {config.dim} is no multiple of its heads")
     data: dict[str, Any] = {
         "architectures": [style.architecture],
         "model_type": style.model_type,

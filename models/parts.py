@@ -26,8 +26,10 @@ Box = tuple[slice, ...]
 class Source(Protocol):
     """Tensors by name, wherever they are."""
 
-    source: object
-    """What to call it in a message."""
+    @property
+    def source(self) -> object:
+        """What to call it in a message."""
+        ...
 
     def names(self) -> list[str]: ...
 

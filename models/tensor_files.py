@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .files import INDEX_BYTES, is_there, open_checked, parse_json, read_json
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FILE_BYTES = 5 * 10**9
@@ -22,18 +25,6 @@ FILE_BYTES = 5 * 10**9
 
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Types of weights, in safetensors' words."""
-STORED = {kind: dtype for dtype, kind in KINDS.items()} | {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""What a safetensors file can hold."""
-
 WORDS = KINDS | {
     torch.int64: "I64",
     torch.int32: "I32",
@@ -46,6 +37,10 @@ WORDS = KINDS | {
 }
 """All types that a file may hold."""
 _DTYPES = {kind: dtype for dtype, kind in WORDS.items()}
+
+HEADER_BYTES = 2**24
+"""The most that a file may say of its tensors: some 150,000 of them."""
+MOST_AXES, MOST_SIZE = 16, 2**40
 
 
 class Head(NamedTuple):
@@ -84,18 +79,21 @@ class StoredTensors:
 
     Raises:
         FileNotFoundError: there are none, or a file of the index is missing.
-        ValueError: a file is damaged, an index is none or leads out of the directory, a tensor is stored twice.
+        ValueError: a file is damaged or no regular one, an index is none, leads out of the directory or does not say
+            what its files hold.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.source = folder / (INDEX if (folder / INDEX).exists() else WEIGHTS)
+        self.source = folder / (INDEX if is_there(folder / INDEX) else WEIGHTS)
         self._files: dict[str, Any] = {}
-        for file in _indexed(self.source) if self.source.name == INDEX else [self.source]:
-            opened = _open(file)
-            for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                if name in self._files:
-                    raise ValueError(f"{file} holds {name}, but another file of {self.source} does too")
-                self._files[name] = opened
+        listed = _indexed(self.source) if self.source.name == INDEX else {self.source: None}
+        for file, expected in listed.items():
+            opened, names = _open(file)
+            self._files |= dict.fromkeys(names, opened)
+            if expected is not None and expected != set(names):
+                name = min(expected ^ set(names))
+                told = f"has {name!r} in {file.name}, which lacks it" if name in expected else f"lacks {name}"
+                raise ValueError(f"{self.source} does not say what {file.name} holds: it {told}")
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -104,50 +102,72 @@ class StoredTensors:
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """
+        """The stored type.
+
         Raises:
-            ValueError: a type that torch has no name for.
+            ValueError: PyTorch has none for it.
         """
         kind = self._files[name].get_slice(name).get_dtype()
         if kind not in _DTYPES:
             raise ValueError(f"{self.source} stores {name} as {kind}, which is no type of a weight")
         return _DTYPES[kind]
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The stored type.
+    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        """A box of one tensor, on the CPU; no more of the file is read.
 
         Raises:
-            ValueError: PyTorch has none for it.
+            ValueError: there is a NaN or an infinity in it.
         """
-        kind = self.kind(name)
-        if kind not in STORED:
-            raise ValueError(f"{self.source}: {name} is stored as {kind}, expected one of {', '.join(STORED)}")
-        return STORED[kind]
-
-    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
-        """A box of one tensor, on the CPU; no more of the file is read."""
-        return self._files[name].get_slice(name)[box] if box else self._files[name].get_tensor(name)
+        found = self._files[name].get_slice(name)[box] if box else self._files[name].get_tensor(name)
+        if not all_finite(found):
+            raise ValueError(f"{self.source}: {name} holds a NaN or an infinity, no number that a weight can be")
+        return found
 
 
-def _indexed(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged or no index of safetensors files: {error!r}") from None
-    for name in names:
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is a NaN or an infinity: one pass without a copy (`isfinite` makes two more tensors)."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor if tensor.dtype in KINDS else tensor.float()
+    return all(math.isfinite(end) for end in torch.stack(torch.aminmax(wide)).tolist())
+
+
+def _indexed(index: Path) -> dict[Path, set[str]]:
+    """The files of an index, and the tensors that each must hold."""
+    places = read_json(index, INDEX_BYTES).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} is damaged or no index of safetensors files: it has no weight_map")
+    found: dict[Path, set[str]] = {}
+    for name, place in places.items():
         # An index comes with a downloaded model: it must not make us open what lies elsewhere.
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names {name!r}, expected a .safetensors file beside it")
-    return [index.parent / name for name in names]
+        if not isinstance(place, str) or not re.fullmatch(r"[\w.-]+\.safetensors", place):
+            raise ValueError(f"{index} names {place!r}, expected a .safetensors file beside it")
+        found.setdefault(index.parent / place, set()).add(name)
+    return dict(sorted(found.items()))
 
 
-def _open(file: Path) -> Any:
-    if not file.exists():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}")
+def _open(file: Path) -> tuple[Any, list[str]]:
+    """A safetensors file and its tensors' names. The library checks that its header fits its data."""
+    heads = _header(file)
     try:
-        return safe_open(str(file), framework="pt", device="cpu")
-    except SafetensorError as error:
+        opened = safe_open(str(file), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
+    for name in opened.keys():  # noqa: SIM118 (it is no dict)
+        shape = heads[name]["shape"]
+        if len(shape) > MOST_AXES or any(size > MOST_SIZE for size in shape):
+            raise ValueError(f"{file} is damaged: {name} has a shape that no tensor can have")
+    return opened, list(opened.keys())
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """What the file says of its tensors; of two entries with one name the library would quietly take the last."""
+    with open_checked(file) as opened:
+        size, rest = int.from_bytes(opened.read(8), "little"), os.fstat(opened.fileno()).st_size - 8
+        if not 2 <= size <= min(rest, HEADER_BYTES):
+            most = min(max(rest, 0), HEADER_BYTES)
+            raise ValueError(f"{file} is damaged: its header claims {size} bytes, and it can have {most} at most")
+        return parse_json(opened.read(size), f"{file} is damaged: its header")
 
 
 class Drafts:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import tokenizers
 
+from .files import TOKENIZER_BYTES, checked_size, is_there, read_json
+
 EOS = "<|endoftext|>"
 # What published tokenizers call the end of a document, likeliest first.
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -43,7 +45,7 @@ class Tokenizer:
         self.eos_id: int = self._find_eos(eos, config)
 
     def _find_eos(self, eos: str | None, config: Path | None) -> int:
-        if eos is None and config is not None and config.exists():
+        if eos is None and config is not None and is_there(config):
             eos = _told_eos(config)
         for name in _EOS_NAMES if eos is None else (eos,):
             found = self._inner.token_to_id(name)
@@ -115,25 +117,23 @@ def _config_beside(file: Path) -> Path:
 
 
 def _told_eos(config: Path) -> str | None:
-    try:
-        told = json.loads(config.read_text(encoding="utf-8"))["eos_token"]
-        told = told["content"] if isinstance(told, dict) else told
-    except KeyError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{config} is no tokenizer_config.json: {error}") from None
+    told = read_json(config).get("eos_token")
+    told = told.get("content") if isinstance(told, dict) else told
     if told is not None and not isinstance(told, str):
         raise ValueError(f"{config} has eos_token {told!r}, expected the text of a token")
     return told
 
 
 def _load(file: Path) -> tokenizers.Tokenizer:
-    if not file.exists():
+    if not is_there(file):
         raise FileNotFoundError(f"no tokenizer at {file}: give a tokenizer.json or its directory")
+    checked_size(file, TOKENIZER_BYTES)
     try:
         return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{file} is not a tokenizer.json: {error}") from None
+    except BaseException as error:  # plain Exception, and of a panic in Rust an exception that is none
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise ValueError(f"{file} is not a tokenizer.json: {' '.join(str(error).split())}") from None
 
 
 def vocabulary(path: str | Path) -> dict[str, int]:

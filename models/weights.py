@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from ..parallel.tensor import local_part
 from .config import ModelConfig
 from .config_file import MODEL_TYPE, config_to_dict
+from .files import is_there, read_json
 from .gpt import GPT
-from .hf import FAMILIES, config_of, inward, shapes_of
+from .hf import FAMILIES, config_of, inward, outline, shapes_of
 from .parts import Inward, Source
 from .shards import local_box
 from .tensor_files import FILE_BYTES, KINDS, WORDS, Drafts, Head, StoredTensors, write_tensors
@@ -37,15 +38,9 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 def _config_data(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.exists():
+    if not is_there(file):
         raise FileNotFoundError(f"{folder} is not a model directory: it has no config.json")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return data
+    return read_json(file)
 
 
 def open_model(directory: str | Path) -> tuple[ModelConfig, Source]:
@@ -140,7 +135,7 @@ def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dty
         ValueError: config or weights do not fit; every wrong tensor is named.
     """
     config, stored = open_model(directory)  # before memory is taken for what a wrong config asks for
-    model = GPT(config, device="meta")
+    model = outline(config)
     kind = stored.dtype("embed.weight") if dtype is None else dtype
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +22,33 @@ def balance_loss(probs_TE: Tensor, fraction_E: Tensor) -> Tensor:
     One token's share is 1.0 at perfect balance, for any k, because f_i is the share of the k * T assignments
     before any drop. The gradient flows through p alone. Divided by the tokens this is DeepSpeed's `l_aux` (whose
     top-2 counts first choices only), Megatron's without its coefficient, and OLMo's. MegaBlocks' is divided by the
-    layers; that of HF's Mixtral is k times as large, over all layers at once.
+    layers; for HF's see `model_balance_loss`.
 
     Args:
         probs_TE: scores that sum to one per token; zero rows for padding.
         fraction_E: each expert's share of the assignments in the chosen scope.
     """
     return probs_TE.shape[-1] * torch.dot(probs_TE.sum(0), fraction_E)
+
+
+class Balance(NamedTuple):
+    """What one layer brings to a loss over all layers."""
+
+    counts_E: Tensor
+    """int64: assignments before drops in the loss's scope."""
+    probs_E: Tensor
+    """fp32: this rank's tokens' scores, those of a token adding up to one, summed; with a gradient."""
+
+
+def model_balance_loss(layers: Sequence[Balance], top_k: int) -> Tensor:
+    """Token SUM of Hugging Face's `load_balancing_loss_func`, where the tokens of all L layers are of one: T times
+    E * sum_i (assignments_i / (L * T)) * (sum over layers and tokens of p_i / (L * T)), which is k at balance.
+
+    Not the mean over layers of k * `balance_loss`: one layer may ask much of the experts that another spares.
+    """
+    counts_E = torch.stack([layer.counts_E for layer in layers]).sum(0)
+    probs_E = torch.stack([layer.probs_E for layer in layers]).sum(0)
+    return len(probs_E) * top_k / len(layers) * torch.dot(probs_E, fractions(counts_E))
 
 
 def sequence_balance_loss(

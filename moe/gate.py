@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..kernels.gate import Gated, gate
 from ..kernels.linear import linear
 from ..kernels.permute import plan_rows
-from .balance import balance_loss, fractions, sequence_balance_loss, z_loss
+from .balance import Balance, balance_loss, fractions, sequence_balance_loss, z_loss
 from .config import GateConfig
 
 SMALLEST = 1e-20  # keeps 0 / 0 out of the weights of a token without choices
@@ -37,9 +37,10 @@ class Routing(NamedTuple):
     choices_TK: Tensor  # int64: the experts chosen, -1 for padding; what a replay needs
     ids_TK: Tensor  # int64: the same with drops as -1
     weights_TK: Tensor  # fp32: renormalised and scaled, zero where dropped
-    aux: Tensor
+    aux: Tensor  # zero with `aux_over="model"`: see `balance`
     z: Tensor
     stats: Stats
+    balance: Balance | None = None  # for `model_balance_loss`, with `aux_over="model"` alone
 
 
 class Gate(nn.Module):
@@ -123,13 +124,13 @@ class Gate(nn.Module):
         weights_TK = self._weigh(gated, ids_TK)
         probs_TE = self._probs(gated.scores_TE, valid_T)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.aux_weight > 0):
-            aux = self._aux(probs_TE, gated, sequence_length, history_E)
+            aux, balance = self._aux(probs_TE, gated, sequence_length, history_E)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.z_weight > 0):
             z = z_loss(logits_TE, valid_T)
         with torch.no_grad():
             entropy = torch.special.entr(probs_TE).sum() / math.log(max(self.num_experts, 2))
         stats = Stats(gated.counts_E, kept_E, entropy, kept_E.sum(), tokens)
-        return Routing(gated.ids_TK, ids_TK, weights_TK, aux, z, stats)
+        return Routing(gated.ids_TK, ids_TK, weights_TK, aux, z, stats, balance)
 
     def _logits(self, x_TD: Tensor, generator: torch.Generator | None) -> Tensor:
         x_TD = x_TD.float()
@@ -216,15 +217,20 @@ class Gate(nn.Module):
             scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=SMALLEST)
         return scores_TE if valid_T is None else scores_TE.where(valid_T[:, None], 0)
 
-    def _aux(self, probs_TE: Tensor, gated: Gated, sequence_length: int | None, history_E: Tensor | None) -> Tensor:
+    def _aux(
+        self, probs_TE: Tensor, gated: Gated, sequence_length: int | None, history_E: Tensor | None
+    ) -> tuple[Tensor, Balance | None]:
+        """(this layer's loss, its part of a loss over all layers)."""
         if self.config.aux_scope == "sequence":
             if sequence_length is None:
                 raise ValueError("aux_scope='sequence' needs the sequence length of the batch")
-            return sequence_balance_loss(probs_TE, gated.ids_TK, sequence_length, self.reduce_sequences)
+            return sequence_balance_loss(probs_TE, gated.ids_TK, sequence_length, self.reduce_sequences), None
         counts_E = gated.counts_E
         if self.config.aux_scope == "global" and self.training and self.config.aux_weight > 0:
             counts_E = self.reduce_counts(counts_E if history_E is None else counts_E + history_E)
-        return balance_loss(probs_TE, fractions(counts_E))
+        if self.config.aux_over == "model":
+            return probs_TE.new_zeros(()), Balance(counts_E, probs_TE.sum(0))
+        return balance_loss(probs_TE, fractions(counts_E)), None
 
     def _own_generator(self, device: torch.device, replaying: bool) -> torch.Generator | None:
         """A replay repeats the noise of the last forward, so recomputation finds the same weights and drops."""

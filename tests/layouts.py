@@ -9,7 +9,7 @@ from ranks import Pool
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from coterie.models.config import ModelConfig
+from coterie.models.config import ModelConfig, RopeScaling
 from coterie.models.gpt import GPT
 from coterie.moe.config import GateConfig, MoEConfig
 
@@ -58,7 +58,19 @@ CAPACITY = replace(
     experts=(4, 8),
     moe=replace(MODERN.moe, gate=replace(MODERN.moe.gate, capacity_factor=0.75, min_capacity=1)),
 )
-CONFIGS = {"modern": MODERN, "gpt2": GPT2, "capacity": CAPACITY}
+# What checkpoints from elsewhere need: norms over all heads, no bias behind attention, slower rotations, one balance
+# loss for all layers.
+OLMOE = replace(
+    MODERN,
+    layers=3,
+    experts=(4, 0, 4),
+    qk_norm="all",
+    attention_bias="qkv",
+    mlp_bias=True,
+    rope_scaling=RopeScaling("llama3", 3.0, original_max_positions=12),
+    moe=MoEConfig(top_k=2, hidden=20, gate=GateConfig(renormalize="none", aux_weight=0.3, aux_over="model")),
+)
+CONFIGS = {"modern": MODERN, "gpt2": GPT2, "capacity": CAPACITY, "olmoe": OLMOE}
 BATCH, SEQUENCE = 8, 16
 
 

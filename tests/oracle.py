@@ -37,6 +37,8 @@ class Route(NamedTuple):
     asked: list[int]
     kept_counts: list[int]
     tokens: int
+    counts: list[int]  # assignments in the loss's scope
+    probs: list[Tensor]  # per expert, over the valid tokens
 
 
 def draw(config: GateConfig, T: int, D: int, E: int, K: int, generator: torch.Generator) -> Noise:
@@ -91,9 +93,11 @@ def route(
     asked = [sum(e in chosen for chosen in choices) for e in range(E)]
     kept = _drop(scores, choices, E, top_k, config, training, noise)
     weights = [_weigh(scores[t], choices[t], kept[t], top_k, config) for t in range(T)]
-    aux = _aux(scores, choices, valid, asked if counts is None else counts, config, sequence_length)
+    counts = asked if counts is None else counts
+    aux = _aux(scores, choices, valid, counts, config, sequence_length)
+    probs = [sum((_normal(scores[t])[e] for t in range(T) if valid[t]), z * 0) for e in range(E)]
     kept_counts = [sum(e in ids for ids in kept) for e in range(E)]
-    return Route(choices, kept, weights, aux, z, entropy, asked, kept_counts, sum(valid))
+    return Route(choices, kept, weights, aux, z, entropy, asked, kept_counts, sum(valid), counts, probs)
 
 
 def _scores(logits: list[Tensor], score: str) -> list[Tensor]:
@@ -178,6 +182,8 @@ def _aux(
 ) -> Tensor:
     T, E = len(scores), len(counts)
     aux = torch.zeros((), dtype=torch.float64)
+    if config.aux_over == "model":
+        return aux
     span = sequence_length if config.aux_scope == "sequence" and sequence_length else T
     for first in range(0, T, max(span, 1)):
         inside = range(first, first + span)
@@ -187,6 +193,17 @@ def _aux(
             if valid[t]:
                 p = _normal(scores[t])
                 aux = aux + E * sum(counts[e] / sum(counts) * p[e] for e in range(E))
+    return aux
+
+
+def model_aux(layers: list[Route], top_k: int) -> Tensor:
+    """Of one rank's tokens: all layers make one batch, in which an expert's number means the same in each."""
+    L, E = len(layers), len(layers[0].counts)
+    rows = sum(sum(one.counts) for one in layers) / top_k  # of all layers, in the loss's scope
+    aux = torch.zeros((), dtype=torch.float64)
+    for e in range(E):
+        share = sum(one.counts[e] for one in layers) / max(rows, 1)
+        aux = aux + E * share * sum(one.probs[e] for one in layers) / L
     return aux
 
 

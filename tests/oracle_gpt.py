@@ -39,6 +39,7 @@ def losses(
     B, S = tokens_BS.shape
     ranks = ranks or [list(range(B * S))]
     aux = z = torch.zeros((), dtype=torch.float64)
+    routes: list[list[oracle.Route]] = []
     x_BSD = p["embed.weight"][tokens_BS]
     if config.positions == "learned":
         x_BSD = x_BSD + p["positions.weight"][:S]
@@ -48,12 +49,15 @@ def losses(
         x_BSD = x_BSD + torch.stack([_attention(own, h_SD, config) for h_SD in h_BSD])
         h_TD = _norm(own, "mlp_norm", x_BSD, config).flatten(0, 1)
         if config.experts_of(layer):
-            y_TD, layer_aux, layer_z = _moe(own, h_TD, config, valid_BS, ranks)
-            aux, z = aux + layer_aux, z + layer_z
+            y_TD, routed = _moe(own, h_TD, config, valid_BS, ranks)
+            aux, z = sum((one.aux for one in routed), aux), sum((one.z for one in routed), z)
+            routes.append(routed)
         else:
             mlp = [own.get(f"mlp.{name}") for name in ("w_in", "w_out", "b_in", "b_out")]
             y_TD = torch.stack([oracle.feed_forward(h_D, *mlp, config.activation) for h_D in h_TD])  # type: ignore[arg-type]
         x_BSD = x_BSD + y_TD.view_as(x_BSD)
+    if config.moe.gate.aux_over == "model":
+        aux = sum((oracle.model_aux(list(layers), config.moe.top_k) for layers in zip(*routes, strict=True)), aux)
     head_VD = p["embed.weight"] if config.tied_head else p["head.weight"]
     logits_TV = (_norm(p, "final_norm", x_BSD, config) @ head_VD.T).flatten(0, 1)
     rows = [(t, y) for t, y in enumerate(targets_BS.flatten().tolist()) if y >= 0]
@@ -128,7 +132,7 @@ def _rate(rate: float, config: ModelConfig) -> float:
 
 def _moe(
     p: dict[str, Tensor], x_TD: Tensor, config: ModelConfig, valid_BS: Tensor, ranks: list[list[int]]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[oracle.Route]]:
     """Each rank routes and drops its own tokens; the global loss counts the assignments of all."""
     moe = replace(config.moe, hidden=config.expert_hidden)
     own = {name.removeprefix("moe."): value for name, value in p.items()}
@@ -147,9 +151,7 @@ def _moe(
 
     asked = [sum(column) for column in zip(*(route(tokens, None).asked for tokens in ranks), strict=True)]
     y_TD = torch.zeros_like(x_TD)
-    aux = z = torch.zeros((), dtype=torch.float64)
-    for tokens in ranks:
-        routed = route(tokens, asked if moe.gate.aux_scope == "global" else None)
+    routes = [route(tokens, asked if moe.gate.aux_scope == "global" else None) for tokens in ranks]
+    for tokens, routed in zip(ranks, routes, strict=True):
         y_TD = y_TD.index_add(0, torch.tensor(tokens), oracle.layer(own, x_TD[tokens], routed, moe))
-        aux, z = aux + routed.aux, z + routed.z
-    return y_TD, aux, z
+    return y_TD, routes

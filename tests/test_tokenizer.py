@@ -74,7 +74,11 @@ def test_a_saved_tokenizer_keeps_its_end_of_a_document(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [("{", "is no tokenizer_config"), ("[1]", "is no tokenizer_config"), ('{"eos_token": 3}', "has eos_token 3")],
+    [
+        ("{", "tokenizer_config.json is not JSON"),
+        ("[1]", "holds no JSON object"),
+        ('{"eos_token": 3}', "has eos_token 3"),
+    ],
 )
 def test_a_config_that_says_nothing_is_named(tmp_path: Path, config: str, words: str) -> None:
     TOKENIZER.save(tmp_path / "tokenizer.json")

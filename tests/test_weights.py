@@ -11,18 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coterie.models.config import ModelConfig
+from coterie.models.config_file import config_from_dict, config_to_dict
 from coterie.models.gpt import GPT
 from coterie.models.presets import PRESETS
 from coterie.models.tensor_files import split_names
 from coterie.models.tokenizer import Tokenizer, train_bpe
-from coterie.models.weights import (
-    config_from_dict,
-    config_to_dict,
-    full_state_dict,
-    load_model,
-    read_config,
-    save_model,
-)
+from coterie.models.weights import full_state_dict, load_model, read_config, save_model
 from coterie.moe.config import GateConfig, MoEConfig
 
 CONFIG = ModelConfig(
@@ -203,9 +197,9 @@ def test_files_are_filled_in_order() -> None:
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ("{", "is damaged or no index"),
+        ("{", "is not JSON"),
         ('{"weight_map": 3}', "is damaged or no index"),
-        ("[]", "is damaged or no index"),
+        ("[]", "holds no JSON object"),
         ('{"weight_map": {"a": "../other/model.safetensors"}}', "names '../other/model.safetensors', expected a"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd', expected a .safetensors file beside it"),
         ('{"weight_map": {"a": 3}}', "names 3, expected a"),
@@ -221,11 +215,13 @@ def test_files_of_an_index_must_be_there_and_hold_each_tensor_once(saved: Path) 
     first, second = (_split(saved) / file for file in FILES[:2])
     kept = load_file(second)
     save_file(kept | {"final_norm.weight": torch.zeros(24)}, second)
-    with pytest.raises(ValueError, match=r"final_norm\.weight, but another file"):
+    with pytest.raises(
+        ValueError, match=r"what model-00002-of-00004\.safetensors holds: it lacks final_norm\.weight"
+    ):
         load_model(saved)
     missing = next(iter(kept))
     save_file({name: tensor for name, tensor in kept.items() if name != missing}, second)
-    with pytest.raises(ValueError, match=f"does not fit the model: {missing} is missing"):
+    with pytest.raises(ValueError, match=f"it has '{missing}' in model-00002-of-00004.safetensors, which lacks it"):
         load_model(saved)
     first.unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model-00001-of-00004\.safetensors"):
@@ -258,7 +254,7 @@ def test_configs_come_back(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama"}, "model_type 'llama', expected 'coterie'"),
+        ({"model_type": "rwkv"}, "model_type 'rwkv', which coterie does not know: coterie reads coterie, llama"),
         ({"layers": "two"}, "layers is 'two', expected int"),
         ({"colour": 1}, "unknown field colour"),
         ({"norm": "batchnorm"}, "norm is 'batchnorm'"),
