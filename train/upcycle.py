@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from ..models.config import ModelConfig
+from ..models.files import TOKENIZER_BYTES, open_checked
 from ..models.params import count_params
 from ..models.parts import pieces
 from ..models.tensor_files import Drafts, Head, write_tensors
@@ -67,7 +68,8 @@ def upcycle(
 def _carry(source: Path, drafts: Drafts) -> None:
     for file in sorted(source.iterdir()):
         if file.name.startswith(CARRIED) and file.suffix in (".json", ".jinja", ".txt"):
-            drafts.text(file.name, file.read_text(encoding="utf-8"))
+            with open_checked(file, TOKENIZER_BYTES) as opened:
+                drafts.text(file.name, opened.read().decode("utf-8"))
 
 
 def describe(dense: ModelConfig, moe: ModelConfig, how: Upcycling) -> str:
