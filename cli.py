@@ -138,9 +138,35 @@ def generate(
     print()
 
 
+def convert(
+    source: Text[Path],
+    output: Text[Path],
+    to: Literal["coterie", "hf"] = "coterie",
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep",
+    max_file_size: str = "5GB",
+    force: bool = False,
+) -> None:
+    """Turn a model of Hugging Face's layout into one of ours, or ours into one that transformers opens.
+
+    Args:
+        source: A model directory of either kind, a run directory or a checkpoint.
+        output: The model directory to make.
+        to: coterie, or hf: the architecture of transformers that computes the same, if there is one.
+        dtype: Of the matrices; routers stay in float32. keep: every tensor as it is stored.
+        max_file_size: A larger model becomes several files: 5GB, 500MB, 2GiB.
+        force: Replace the model that is there.
+    """
+    from .models.write import how_to_open
+    from .train.convert import convert as run
+
+    run(source, output, to=to, dtype=dtype, max_file_size=max_file_size, force=force)
+    print(output if to == "coterie" else how_to_open(output))
+
+
 def export(
     source: Text[Path],
     output: Text[Path],
+    to: Literal["coterie", "hf"] = "coterie",
     dtype: Literal["keep", "float32", "bfloat16"] = "keep",
     max_file_size: str = "5GB",
     step: int | None = None,
@@ -151,15 +177,17 @@ def export(
     Args:
         source: A run directory or one checkpoint in it.
         output: The model directory to make: config.json, safetensors files, tokenizer.json.
+        to: coterie, or hf: the architecture of transformers that computes the same, if there is one.
         dtype: Of the matrices; routers stay in float32.
         max_file_size: A larger model becomes several files: 5GB, 500MB, 2GiB.
         step: Which checkpoint of a run; the newest whole one if not given.
         force: Replace the model that is there.
     """
+    from .models.write import how_to_open
     from .train.export import export as run
 
-    run(source, output, dtype=dtype, max_file_size=max_file_size, step=step, force=force)
-    print(output)
+    run(source, output, to=to, dtype=dtype, max_file_size=max_file_size, step=step, force=force)
+    print(output if to == "coterie" else how_to_open(output))
 
 
 def upcycle(
@@ -264,7 +292,9 @@ def bench(
     run(json=json, quick=quick)
 
 
-COMMANDS = {f.__name__: f for f in (quickstart, prepare, pretrain, plan, generate, export, upcycle, report, bench)}
+COMMANDS = {
+    f.__name__: f for f in (quickstart, prepare, pretrain, plan, generate, convert, export, upcycle, report, bench)
+}
 
 
 def _split(argv: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

@@ -173,8 +173,17 @@ class Outward:
     def dtype(self, name: str) -> torch.dtype:
         return self._ours.dtype(self._places[name][0][0])
 
+    def same(self, name: str) -> str | None:
+        """The tensor of ours that this one is, if it is one, with the same axes."""
+        ours, part = self._places[name][0]
+        plain = not part.at and part.rows is None and not part.transposed
+        return ours if plain and self._ours.shape(ours) == part.shape else None
+
     def read(self, name: str, box: Box) -> Tensor:
-        """A box of one tensor; the whole tensor is put together for it unless it is one part of ours."""
+        """A box of one tensor; the whole tensor is put together for it unless it is one of ours."""
+        same = self.same(name)
+        if same is not None:
+            return self._ours.read(same, box)
         whole = torch.empty(self.shape(name), dtype=self.dtype(name))
         for ours, part in self._places[name]:
             region = tuple(slice(0, size) for size in part.region)
@@ -186,11 +195,11 @@ class Outward:
 
 
 def pieces(source: Source, name: str, size: int = PIECE) -> Iterator[Tensor]:
-    """A tensor of any source in pieces along its first axis, of `size` bytes or of one row."""
+    """A tensor of any source in pieces along its first axis, of `size` bytes or of one row; no part is read twice."""
     shape = source.shape(name)
     row = source.dtype(name).itemsize * math.prod(shape[1:])
     step = max(1, size // max(1, row))
-    if not shape or step >= shape[0]:
+    if not shape or step >= shape[0] or (isinstance(source, Outward) and source.same(name) is None):
         yield source.read(name, ())
         return
     rest = tuple(slice(0, length) for length in shape[1:])

@@ -194,7 +194,11 @@ class Drafts:
 
     def text(self, name: str, content: str) -> None:
         """Adds a text file."""
-        self._attempt(name, lambda file: file.write_text(content, encoding="utf-8"))
+        self.data(name, content.encode())
+
+    def data(self, name: str, content: bytes) -> None:
+        """Adds a small file."""
+        self._attempt(name, lambda file: file.write_bytes(content))
 
     def begin(self, name: str, heads: Mapping[str, Head]) -> None:
         """Begins a safetensors file; its tensors follow by `append`, in this order."""

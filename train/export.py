@@ -4,47 +4,41 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.config import ModelConfig
-from ..models.gpt import GPT
-from ..models.tensor_files import Drafts, Head, has_weights, write_tensors
+from ..models.hf import shapes_of
+from ..models.parts import Box
 from ..models.tokenizer import Tokenizer
-from ..models.weights import begin_model, stored_dtype
+from ..models.write import Kind, Model, Width, ordered, write
 from .config import DataConfig, TrainConfig, from_dict
 from .expert_prints import Prints, as_text, compare, print_rows
 from .manifest import MANIFEST, CheckpointError, list_checkpoints, read_manifest, step_of, verify
 from .stored import StoredState
 
 log = logging.getLogger("coterie")
-PIECE = 2**22
-"""Bytes that are read at a time, or one row of a tensor's first axis if that is more."""
-_UNITS = {"": 1, **{f"{u}{i}": (1024 if i else 1000) ** p for p, u in enumerate("kmgt", 1) for i in ("", "i")}}
 
 
 def export(
     source: str | Path,
     output: str | Path,
     *,
-    dtype: Literal["keep", "float32", "bfloat16"] = "keep",
+    to: Kind = "coterie",
+    dtype: Width = "keep",
     max_file_size: str = "5GB",
     step: int | None = None,
     force: bool = False,
 ) -> Path:
     """Writes the model of a checkpoint as a model directory; returns the checkpoint's path.
 
-    At most one tensor of the checkpoint is mapped into memory at a time, and `PIECE` bytes of it are copied. Every
-    expert is held against its print in the manifest before anything is put in place.
-
     Args:
         source: a run directory or a checkpoint in it.
         output: a new or an empty directory.
+        to: see `convert`.
         dtype: of the matrices; the routers stay in fp32.
         max_file_size: as `parse_bytes` reads it.
         step: which of a run's checkpoints; None: the newest whole one.
@@ -55,35 +49,10 @@ def export(
         OSError: the disk is full; `output` is as it was.
     """
     source, output = Path(source), Path(output)
-    limit = parse_bytes(max_file_size)
-    if dtype not in ("keep", "float32", "bfloat16"):
-        raise ValueError(f"dtype {dtype!r} is not one of keep, float32, bfloat16")
-    check_output(output, force)
+    order = ordered(to, dtype, max_file_size, output, force)
     checkpoint = find(source, step)
-    manifest, stored = read_manifest(checkpoint), StoredState(checkpoint)
-    config: ModelConfig = from_dict(manifest["model"], ModelConfig)
-    heads = _heads(checkpoint, config, stored, None if dtype == "keep" else getattr(torch, dtype))
-    drafts = begin_model(output, config, _tokenizer(checkpoint.parent.parent))
-    try:
-        _write(drafts, heads, stored, checkpoint, manifest.get("experts", {}), limit)
-    except BaseException:
-        drafts.discard()
-        raise
-    drafts.publish()
+    write(output, open_checkpoint(checkpoint), order)
     return checkpoint
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "5GB", "500 MB", "1.5gib" or "1000000".
-
-    Raises:
-        ValueError: it is no size, or none above 0.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if size < 1:
-        raise ValueError(f"{text!r} is not a size: give a number of bytes, or one with KB, MB, GB, TB, KiB, MiB, ...")
-    return size
 
 
 def find(source: Path, step: int | None = None) -> Path:
@@ -119,44 +88,59 @@ def find(source: Path, step: int | None = None) -> Path:
     raise CheckpointError(f"{problems[0]}; there is no whole one to export instead")
 
 
-def check_output(output: Path, force: bool) -> None:
-    """Raises ValueError when `output` is there and must not be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not force:
-        raise ValueError(f"{output} exists: give another output, or force to replace the model in it")
-    if not has_weights(output):
-        raise ValueError(f"{output} holds no model that could be replaced: give another output")
+def open_checkpoint(checkpoint: Path) -> Model:
+    """The model of a whole checkpoint, with the tokenizer of its run. Every expert that is read is held against its
+    print in the manifest.
 
-
-def _heads(checkpoint: Path, config: ModelConfig, stored: StoredState, dtype: torch.dtype | None) -> dict[str, Head]:
-    """What is to be written, in the model's own order."""
-    wanted = GPT(config, device="meta").state_dict()
+    Raises:
+        CheckpointError: it does not hold the model that it describes.
+    """
+    manifest, stored = read_manifest(checkpoint), StoredState(checkpoint)
+    config: ModelConfig = from_dict(manifest["model"], ModelConfig)
+    wanted = shapes_of(config)
     there = {name.removeprefix("model.") for name in stored.names() if name.startswith("model.")}
     odd = sorted(there ^ wanted.keys())
-    odd += [n for n, t in wanted.items() if n in there and stored.shape(f"model.{n}") != tuple(t.shape)]
+    odd += [name for name, shape in wanted.items() if name in there and stored.shape(f"model.{name}") != shape]
     if odd:
         raise CheckpointError(
             f"checkpoint {checkpoint} does not hold the model that its {MANIFEST} describes: {odd[0]} differs"
         )
-    kinds = {n: stored.dtype(f"model.{n}") if dtype is None else stored_dtype(n, dtype) for n in wanted}
-    return {name: Head(kinds[name], tuple(tensor.shape)) for name, tensor in wanted.items()}
+    tokenizer = _tokenizer(checkpoint.parent.parent)
+    beside = {} if tokenizer is None else {name: text.encode() for name, text in tokenizer.files().items()}
+    tensors = _Watched(checkpoint, list(wanted), stored, manifest.get("experts", {}))
+    return Model(config, tensors, beside, tokenizer, tensors.check)
 
 
-def _write(
-    drafts: Drafts, heads: dict[str, Head], stored: StoredState, checkpoint: Path, saved: Prints, limit: int
-) -> None:
-    found: Prints = {}
+class _Watched:
+    """A checkpoint's model, whose experts are printed as they are read: each of their elements once."""
 
-    def pieces(name: str) -> Iterator[Tensor]:
-        name = f"model.{name}"
-        for piece in stored.pieces(name, PIECE):
-            if name in saved:
-                found.setdefault(name, []).extend(as_text(print_rows(piece, piece.shape[1:])))
-            yield piece
+    def __init__(self, checkpoint: Path, names: list[str], stored: StoredState, saved: Prints) -> None:
+        self.source = checkpoint
+        self._names, self._stored, self._saved = names, stored, saved
+        self._sums = {name: [0] * len(prints) for name, prints in saved.items() if name.startswith("model.")}
 
-    write_tensors(drafts, heads, pieces, limit)
-    compare(checkpoint, saved, found)
+    def names(self) -> list[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored.shape(f"model.{name}")
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored.dtype(f"model.{name}")
+
+    def read(self, name: str, box: Box) -> Tensor:
+        found, key = self._stored.read(f"model.{name}", box), f"model.{name}"
+        if key in self._sums:
+            box = box or tuple(slice(0, size) for size in found.shape)
+            sums = print_rows(found, self.shape(name)[1:], [b.start for b in box[1:]])
+            for expert, value in enumerate(sums, box[0].start):
+                self._sums[key][expert] += value
+        return found
+
+    def check(self) -> None:
+        """Raises CheckpointError where an expert is not the one that was saved, all having been read."""
+        self._stored.close()
+        compare(self.source, self._saved, {name: as_text(sums) for name, sums in self._sums.items()})
 
 
 def tokenizer_path(data: DataConfig) -> Path:

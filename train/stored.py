@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,8 @@ class StoredState:
         metadata = HuggingFaceStorageReader(str(path)).read_metadata()
         self._tensors: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata  # type: ignore[assignment]
         self._places: dict[MetadataIndex, Any] = metadata.storage_data
+        self._files = ExitStack()
+        self._opened: tuple[str, list[tuple[torch.Size, torch.Size, Any]]] = "", []
         check_whole(path, self._tensors)
 
     def names(self) -> list[str]:
@@ -56,34 +57,40 @@ class StoredState:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].properties.dtype
 
-    def pieces(self, name: str, size: int) -> Iterator[Tensor]:
-        """The tensor on the CPU, in pieces along its first axis of `size` bytes, or of one row if that is more. The
-        files are closed at the end: what is mapped into memory meanwhile is this tensor's part of them."""
+    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        """A box of one tensor, on the CPU; (): all of it. The shards of the tensor that was read last stay open, so
+        that no more is mapped into memory than its part of them."""
         tensor = self._tensors[name]
-        with ExitStack() as stack:
-            parts = []
-            for chunk in tensor.chunks:
-                file = self._places[MetadataIndex(name, chunk.offsets)].relative_path
-                opened = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                parts.append((chunk.offsets, chunk.sizes, opened))
-            if not tensor.size:
-                yield parts[0][2].get_tensor(name)
-                return
-            row = tensor.properties.dtype.itemsize * math.prod(tensor.size[1:])
-            step = max(1, size // max(1, row))
-            for start in range(0, tensor.size[0], step):
-                rows = torch.empty((min(step, tensor.size[0] - start), *tensor.size[1:]), dtype=self.dtype(name))
-                for offsets, sizes, opened in parts:
-                    _copy_overlap(rows, start, offsets, sizes, opened.get_slice(name))
-                yield rows
+        if name != self._opened[0]:
+            self.close()
+            self._opened = name, [(c.offsets, c.sizes, self._open(name, c.offsets)) for c in tensor.chunks]
+        if not tensor.size:
+            return self._opened[1][0][2].get_tensor(name)
+        box = box or tuple(slice(0, size) for size in tensor.size)
+        found = torch.empty([b.stop - b.start for b in box], dtype=self.dtype(name))
+        for offsets, sizes, opened in self._opened[1]:
+            _copy_overlap(found, box, offsets, sizes, opened.get_slice(name))
+        return found
+
+    def _open(self, name: str, offsets: torch.Size) -> Any:
+        file = self._places[MetadataIndex(name, offsets)].relative_path
+        return self._files.enter_context(safe_open(file, framework="pt", device="cpu"))
+
+    def close(self) -> None:
+        """Closes the shards that are open."""
+        self._files.close()
+        self._opened = "", []
 
 
-def _copy_overlap(rows: Tensor, start: int, offsets: torch.Size, sizes: torch.Size, chunk: Any) -> None:
-    """Fills what a stored chunk has of `rows`, which begin at row `start` of the whole tensor."""
-    first, last = max(start, offsets[0]), min(start + len(rows), offsets[0] + sizes[0])
-    if first >= last or not math.prod(sizes):
+def _copy_overlap(found: Tensor, box: tuple[slice, ...], offsets: torch.Size, sizes: torch.Size, chunk: Any) -> None:
+    """Fills what a stored chunk has of `found`, a box of the whole tensor."""
+    if not math.prod(sizes):
         return
-    there = (slice(first - offsets[0], last - offsets[0]), *(slice(0, size) for size in sizes[1:]))
-    beside = zip(offsets[1:], sizes[1:], strict=True)
-    here = (slice(first - start, last - start), *(slice(offset, offset + size) for offset, size in beside))
-    rows[here] = chunk[there]
+    here, there = [], []
+    for wanted, offset, size in zip(box, offsets, sizes, strict=True):
+        first, last = max(wanted.start, offset), min(wanted.stop, offset + size)
+        if first >= last:
+            return
+        here.append(slice(first - wanted.start, last - wanted.start))
+        there.append(slice(first - offset, last - offset))
+    found[tuple(here)] = chunk[tuple(there)]

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
-
-import torch
 
 from ..models.config import ModelConfig
-from ..models.files import TOKENIZER_BYTES, open_checked
 from ..models.params import count_params
-from ..models.parts import pieces
-from ..models.tensor_files import Drafts, Head, write_tensors
 from ..models.upcycle import Upcycled, Upcycling, difference
-from ..models.weights import begin_model, open_model, stored_dtype
-from .export import check_output, parse_bytes
-
-CARRIED = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
-"""Files beside a model that are taken along unchanged, by the beginning of their names."""
+from ..models.write import Width, model_of, ordered, write
 
 
 def upcycle(
@@ -25,7 +15,7 @@ def upcycle(
     output: str | Path,
     how: Upcycling,
     *,
-    dtype: Literal["keep", "float32", "bfloat16"] = "keep",
+    dtype: Width = "keep",
     max_file_size: str = "5GB",
     force: bool = False,
 ) -> str:
@@ -35,7 +25,7 @@ def upcycle(
         source: a dense model's directory, ours or one in the layout of Hugging Face.
         output: a new or an empty directory.
         dtype: of the matrices; the routers are in fp32.
-        max_file_size: as `train.export.parse_bytes` reads it.
+        max_file_size: as `parse_bytes` reads it.
         force: replace the model that `output` holds.
 
     Raises:
@@ -43,33 +33,11 @@ def upcycle(
         OSError: the disk is full; `output` is as it was.
     """
     source, output = Path(source), Path(output)
-    limit = parse_bytes(max_file_size)
-    if dtype not in ("keep", "float32", "bfloat16"):
-        raise ValueError(f"dtype {dtype!r} is not one of keep, float32, bfloat16")
-    check_output(output, force)
-    config, dense = open_model(source)
-    view = Upcycled(config, dense, how)
-    kind = None if dtype == "keep" else getattr(torch, dtype)
-    heads = {
-        name: Head(view.dtype(name) if kind is None else stored_dtype(name, kind), view.shape(name))
-        for name in view.names()
-    }
-    drafts = begin_model(output, view.config, None)
-    try:
-        _carry(source, drafts)
-        write_tensors(drafts, heads, lambda name: pieces(view, name), limit)
-    except BaseException:
-        drafts.discard()
-        raise
-    drafts.publish()
-    return describe(config, view.config, how)
-
-
-def _carry(source: Path, drafts: Drafts) -> None:
-    for file in sorted(source.iterdir()):
-        if file.name.startswith(CARRIED) and file.suffix in (".json", ".jinja", ".txt"):
-            with open_checked(file, TOKENIZER_BYTES) as opened:
-                drafts.text(file.name, opened.read().decode("utf-8"))
+    order = ordered("coterie", dtype, max_file_size, output, force)
+    dense = model_of(source)
+    view = Upcycled(dense.config, dense.tensors, how)
+    write(output, dense._replace(config=view.config, tensors=view), order)
+    return describe(dense.config, view.config, how)
 
 
 def describe(dense: ModelConfig, moe: ModelConfig, how: Upcycling) -> str:
