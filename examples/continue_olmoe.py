@@ -112,6 +112,8 @@ def main() -> None:
     print("3/5  Training goes on from it", flush=True)
     model = train(olmoe, data, given.folder / "run", given.steps)
     rows = read_metrics(given.folder / "run")
+    if rows[-1]["step"] < given.steps:
+        raise SystemExit("stopped: the same command goes on from there")
     print(f"     loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}, validation {rows[-1]['valid_loss']:.3f}")
 
     print("4/5  Back to transformers", flush=True)
