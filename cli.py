@@ -191,6 +191,61 @@ def export(
     print(output if to == "coterie" else how_to_open(output))
 
 
+def upcycle(
+    dense: Text[Path],
+    output: Text[Path],
+    experts: str,
+    top_k: int = 2,
+    granularity: int = 1,
+    every: int = 1,
+    layers: tuple[int, ...] = (),
+    shared: int = 0,
+    shared_gate: bool = False,
+    residual: bool = False,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    renormalize: Literal["none", "before_drop", "after_drop"] = "before_drop",
+    bias_update: float = 0.0,
+    router_std: float = 0.02,
+    noise: float = 0.0,
+    seed: int = 1234,
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep",
+    max_file_size: str = "5GB",
+    force: bool = False,
+) -> None:
+    """Turn a dense model into a MoE that says the same, to go on training from: see docs/upcycling.md.
+
+    Args:
+        dense: A dense model's directory, ours or one in the layout of Hugging Face.
+        output: The model directory to make.
+        experts: Of every MoE layer, or a list: 8, or 8x10,16x2, or 0,8,0,16 (0 stays dense).
+        top_k: Experts that a token visits: a multiple of the slices that are not shared.
+        granularity: Slices that the dense width is cut into; an expert is as wide as one.
+        every: Only each so-many-th layer becomes a MoE layer.
+        layers: Only these layers do, counted from 0.
+        shared: Slices that become one shared expert.
+        shared_gate: Put a gate on the shared expert.
+        residual: PR-MoE: keep the dense layer beside the experts; needs granularity 1.
+        score: Of the router.
+        renormalize: Let a token's weights sum to one; none keeps the function with --router-std 0 alone.
+        bias_update: Balance by a bias of the choice, with steps of this size.
+        router_std: Of the router's initial rows.
+        noise: Multiply each weight of an expert by 1 + noise * normal; more than 0 does not keep the function.
+        seed: Of the router and the noise.
+        dtype: Of the matrices; routers stay in float32.
+        max_file_size: A larger model becomes several files: 5GB, 500MB, 2GiB.
+        force: Replace the model that is there.
+    """
+    from .models.upcycle import Upcycling, experts_of_layers
+    from .models.weights import read_config
+    from .moe.config import GateConfig
+    from .train.upcycle import upcycle as run
+
+    counts = experts_of_layers(experts, read_config(dense).layers, every, layers)
+    gate = GateConfig(score=score, renormalize=renormalize, bias_update=bias_update)
+    how = Upcycling(counts, top_k, granularity, shared, shared_gate, residual, gate, router_std, noise, seed)
+    print(f"{output}: {run(dense, output, how, dtype=dtype, max_file_size=max_file_size, force=force)}")
+
+
 def report(runs: Text[list[Path]]) -> None:
     """Write one self-contained HTML page about a run (or several, compared).
 
@@ -238,7 +293,9 @@ def bench(
     run(json=json, quick=quick)
 
 
-COMMANDS = {f.__name__: f for f in (quickstart, prepare, pretrain, plan, generate, convert, export, report, bench)}
+COMMANDS = {
+    f.__name__: f for f in (quickstart, prepare, pretrain, plan, generate, convert, export, upcycle, report, bench)
+}
 
 
 def _split(argv: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

@@ -167,6 +167,15 @@ def _load(file: Path) -> tokenizers.Tokenizer:
         raise ValueError(f"{file} is not a tokenizer.json: {' '.join(str(error).split())}") from None
 
 
+def vocabulary(path: str | Path) -> dict[str, int]:
+    """Every token of a tokenizer.json and its id.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none.
+    """
+    return _load(Path(path)).get_vocab(with_added_tokens=True)
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE: GPT-2's splitting of words, all 256 bytes, and `<|endoftext|>` as id 0.
 

@@ -60,7 +60,7 @@ MISTAKES = {
     "no number": (["tiny", "--optim.lr", "fast"], r"--optim.lr: could not convert string to float: 'fast'"),
     "no value": (["tiny", "--optim.lr"], r"Missing value for argument '--optim.lr'"),
     "no choice": (["tiny", "--model.activation", "relu"], r"invalid choice 'relu'.*swiglu"),
-    "top_k over experts": (["tiny", "--model.moe.top-k", "9"], r"top_k=9 is more than the layer's 8 experts"),
+    "top_k over experts": (["tiny", "--model.moe.top-k", "9"], r"top_k=9 is more than the layer's 4 experts"),
     "top_k of zero": (["tiny", "--model.moe.top-k", "0"], r"top_k must be at least 1, but 0 was given"),
     "layers and list": (["tiny", "--model.layers", "3"], r"2 .*3"),
     "no length": (["tiny", "--steps", "0"], r"no length: give --tokens or --steps"),

@@ -128,6 +128,9 @@ class TrainConfig:
     """A pretraining run. Counts are sequences, tokens or steps, as each says."""
 
     run_dir: str = "runs/run"
+    init: str = ""
+    """A model directory to start from: its weights, and its model settings in place of the recipe's. Settings of the
+    loss and of routing in training can still be given; a checkpoint of the run goes before it. "": from the seed."""
     seed: int = 1234
     """Of the weights, of the sample order and of all noise."""
     seq_len: int = 2048

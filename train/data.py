@@ -165,7 +165,7 @@ def _check_vocabulary(config: DataConfig, files: list[TokenFiles], vocab_size: i
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer {path} has {tokenizer.vocab_size:,} tokens but the model's vocabulary {vocab_size:,}: "
-            f"set model.vocab_size to at least {tokenizer.vocab_size}"
+            f"set model.vocab_size to at least {tokenizer.vocab_size}, or prepare the data with the model's tokenizer"
         )
     for f in files:
         if (largest := largest_token(f, SCAN_BYTES // len(files))) >= vocab_size:

@@ -275,8 +275,8 @@ class Trainer:
         total, count = all_reduce_sum(sums).tolist()
         return total / max(count / self.config.parallel.tp, 1)  # a tensor-parallel group's ranks count the same
 
-    def resume(self) -> None:
-        """Loads what the setting `checkpoint.resume` asks for.
+    def resume(self) -> bool:
+        """Loads what the setting `checkpoint.resume` asks for; False: there is nothing, the run begins.
 
         Raises:
             CheckpointError: it is damaged, or holds another model.
@@ -297,6 +297,7 @@ class Trainer:
             log.info(f"resumed from {path}, step {stored.step}")
         for name in self.checkpoints.set_aside(path, self.progress.step):
             log.info(f"{name} is not behind the start of this run: renamed to aside_{name}")
+        return path is not None
 
     def save(self) -> None:
         """Begins a checkpoint. One that could not be written is told of; the run goes on without it."""

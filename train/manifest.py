@@ -113,23 +113,33 @@ def verify(path: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
     return manifest
 
 
-def same_model(path: Path, there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> None:
-    """Compares the model parts of two configs.
-
-    Raises:
-        CheckpointError: names the first setting that differs.
-    """
+def first_difference(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting that makes two model configs different models: its name and both values; None: the same."""
     for name in sorted(there.keys() | here.keys()):
         old, new = there.get(name), here.get(name)
         if name in _FREE:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            same_model(path, old, new, f"{prefix}{name}.")
+            found = first_difference(old, new, f"{prefix}{name}.")
+            if found is not None:
+                return found
         elif old != new:
-            raise CheckpointError(
-                f"checkpoint {path} holds another model: model.{prefix}{name} is {old} there and {new} here; "
-                "give another --run-dir, or --checkpoint.resume never"
-            )
+            return f"{prefix}{name}", old, new
+    return None
+
+
+def same_model(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Compares the model parts of two configs.
+
+    Raises:
+        CheckpointError: names the first setting that differs.
+    """
+    found = first_difference(there, here)
+    if found is not None:
+        raise CheckpointError(
+            f"checkpoint {path} holds another model: model.{found[0]} is {found[1]} there and {found[2]} here; "
+            "give another --run-dir, or --checkpoint.resume never"
+        )
 
 
 def same_order(path: Path, stored: Progress, order: str) -> None:

@@ -9,12 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig, check, to_dict
 from .manifest import CHECKPOINTS, refuse_other_model
-from .recipes import RECIPES
+from .recipes import CONTINUE, RECIPES
 
 USAGE = """usage: python -m coterie.train.pretrain RECIPE [--leaf value ...]
 
@@ -83,11 +84,17 @@ def _override(name: str, arguments: list[str], first: bool) -> TrainConfig | Non
     import tyro
 
     trouble = io.StringIO()
+    default = RECIPES[name]()
+    init = _given(arguments, "--init") or default.init
+    if init:
+        from .initial import settings
+
+        default = replace(default, init=init, model=settings(init))
     try:
         with contextlib.redirect_stderr(trouble):
             config, unknown = tyro.cli(
                 TrainConfig,
-                default=RECIPES[name](),
+                default=default,
                 args=arguments,
                 prog=f"pretrain {name}",
                 return_unknown_args=True,
@@ -103,7 +110,23 @@ def _override(name: str, arguments: list[str], first: bool) -> TrainConfig | Non
         leaves = [f"--{leaf}" for leaf in _leaves(to_dict(config)) if f"--{leaf}" != flag]
         near = _nearest(flag.replace("_", "-"), leaves)
         raise ValueError(f"recipe {name} has no option {flag}{near}; --help lists all")
+    if init:
+        from .initial import refuse_other
+
+        refuse_other(init, default.model, config.model)
+    elif name == CONTINUE:
+        raise ValueError(f"recipe {name} goes on from a model: give its directory with --init")
     return config
+
+
+def _given(arguments: Sequence[str], flag: str) -> str:
+    """The value of a flag that must be known before the others are read; "": it is not there."""
+    found = ""
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            found = value if equals else after
+    return found
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -177,8 +177,31 @@ def _small(name: str, preset: str) -> TrainConfig:
     )
 
 
+CONTINUE = "continue"
+
+
+def _continue() -> TrainConfig:
+    """Goes on with the model of --init, an upcycled one above all: the rate rises again to half of the peak that the
+    model was first trained with and falls to where that training ended, in batches of 4M tokens. From "Upcycling
+    Large Language Models into Mixture of Experts" (arXiv 2410.07524, sections 3.2 and 3.3: a constant low rate learns
+    less, and a router loss of 0.01 without a z-loss is enough), whose 2B model went from 2e-4 to 2e-5 at first."""
+    return TrainConfig(
+        run_dir="runs/continue",
+        seq_len=2048,
+        batch_size=2048,
+        micro_batch=4,
+        tokens=100_000_000_000,
+        eval_every=250,
+        data=DataConfig(train=("data/train",)),
+        optim=OptimConfig(lr=1e-4, min_lr=2e-5, warmup_tokens=1_000_000_000),
+        parallel=ParallelConfig(dtype="bfloat16", recompute="selective"),
+        checkpoint=CheckpointConfig(every=250, keep=3),
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "tiny": tiny,
+    CONTINUE: _continue,
     "quickstart_prmoe": quickstart_prmoe,
     "quickstart_dense": quickstart_dense,
     "small_dense": partial(_small, "small_dense", "small-dense"),

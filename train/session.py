@@ -17,7 +17,7 @@ from ..models.gpt import GPT
 from ..models.parallelize import parallelize
 from ..models.params import count_params, flops_per_token
 from ..models.tokenizer import Tokenizer
-from ..models.weights import save_model
+from ..models.weights import load_weights, save_model
 from ..parallel.launch import Ranks, init_ranks
 from ..parallel.mesh import build_mesh
 from ..parallel.watchdog import Watchdog
@@ -25,6 +25,7 @@ from .config import TrainConfig, exchanging, layout, to_dict
 from .data import Batch, batches, build_datasets
 from .environment import describe_environment
 from .export import tokenizer_path
+from .initial import same_tokens
 from .lives import only_writer
 from .loop import Summary, Trainer
 from .manifest import CheckpointError
@@ -62,7 +63,8 @@ def _run(config: TrainConfig, ranks: Ranks) -> Summary:
         compile=config.parallel.compile,
         exchanging=exchanging(config, data.micro * config.seq_len // degrees.tp),
     )
-    model.init_weights(config.seed)
+    if not config.init:
+        model.init_weights(config.seed)
     model.recompute = config.parallel.recompute
     trainer = Trainer(
         model,
@@ -76,7 +78,9 @@ def _run(config: TrainConfig, ranks: Ranks) -> Summary:
     )
     export = partial(save_model, Path(config.run_dir) / "model", model, data.tokenizer)
     with Watchdog(ranks.rank, config.parallel.timeout_s, Path(config.run_dir) / "hang", trainer.where):
-        trainer.resume()
+        if not trainer.resume() and config.init:
+            load_weights(config.init, model)
+            ranks.log.info(f"starts from the weights of {config.init}")
         if ranks.first:
             _describe(config, ranks)
         try:
@@ -127,6 +131,8 @@ class Data:
         share = config.batch_size // self.layout.data_ranks
         self.micro = config.micro_batch or share
         self.per_step = share // self.micro
+        if config.init:
+            same_tokens(config.init, config.data)
         self.train_set, self.valid_set = build_datasets(
             config.data,
             config.seq_len,
@@ -170,6 +176,8 @@ class Data:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """What the data was made with: named in the config, or beside the first prefix."""
-        path = tokenizer_path(self.config.data)
-        return Tokenizer(path) if path.exists() else None
+        """What the data was made with: named in the config, or beside the first prefix; else that of `init`."""
+        paths = [tokenizer_path(self.config.data)]
+        paths += [Path(self.config.init) / "tokenizer.json"] if self.config.init else []
+        found = [path for path in paths if path.exists()]
+        return Tokenizer(found[0]) if found else None
