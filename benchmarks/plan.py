@@ -45,7 +45,7 @@ from .rows import Row, show, write
 from .timing import median_and_spread
 
 BENCH = "plan"
-WARM = 16  # oneDNN compiles a product for each new number of rows, and routing makes new ones for some time
+WARM = 8  # oneDNN compiles a product for each new number of rows, and routing makes new ones for some time
 _MOE = replace(DENSE, experts=(0, 8, 0, 8), moe=MoEConfig(top_k=2, hidden=384))
 _PR_MOE = replace(DENSE, experts=(0, 4, 0, 8), moe=MoEConfig(top_k=1, hidden=384, residual=True))
 
@@ -96,7 +96,7 @@ def main(json: str | Path | None = None, quick: bool = False) -> list[Row]:
     Args:
         quick: two cases of each number of ranks, few repeats.
     """
-    cores, repeats = core_count(), 3 if quick else 9
+    cores, repeats = core_count(), 3 if quick else 7
     rows: list[Row] = []
     reference = Pool(REFERENCE.world)
     machine, usual = calibrated(reference, cores, repeats)
@@ -204,13 +204,14 @@ def seconds_of_step(rank: int, world: int) -> float:
 
 
 def weigh(rank: int, world: int) -> dict[str, float]:
-    """What a step needs on this rank: `peak` bytes, and `sent` bytes."""
+    """What a step needs on this rank: `peak` bytes, `sent` bytes, and all-reduces (`told`)."""
     steps = _KEPT[0]
     steps.trainer.optimizer.zero_grad(set_to_none=True)
     peak = steps.standing() + peak_of(steps.step)
     with Census() as census:
         steps.step()
-    return {"peak": peak, "sent": sum(moved.bytes for moved in census.moved.values())}
+    sent = sum(moved.bytes for moved in census.moved.values())
+    return {"peak": peak, "sent": sent, "told": census.moved["all_reduce"].calls}
 
 
 class _Steps:

@@ -37,7 +37,7 @@ def main(json: str | Path | None = None, quick: bool = False, netns: bool = True
         netns: False: hosts are pretended, and there is no link between them.
         limit_s: seconds after which the ranks of some hosts are ended.
     """
-    cores, repeats = core_count(), 3 if quick else 9
+    cores, repeats = core_count(), 3 if quick else 7
     pool = Pool(2)
     try:
         machine, _ = calibrated(pool, cores, repeats)
