@@ -103,7 +103,7 @@ def main(json: str | Path | None = None, quick: bool = False) -> list[Row]:
     for world in sorted({case.world for case in CASES}):
         pool = Pool(world, max(1, cores // world))
         cases = [case for case in CASES if case.world == world]
-        on = with_links(machine.shared(world), pool.run(probe_links)[0])
+        on = with_links(_cores_of(pool, machine, cores), pool.run(probe_links)[0])
         for case in cases[:2] if quick else cases:
             pool.run(prepare, tuple(case), 2 if quick else WARM)
             beside, taken = [], []
@@ -118,6 +118,14 @@ def main(json: str | Path | None = None, quick: bool = False) -> list[Row]:
     reference.close()
     report(rows)
     return rows
+
+
+def _cores_of(pool: Pool, machine: Machine, cores: int) -> Machine:
+    """What a rank of the pool computes with: a share of the cores; several threads wait for each other, so they are
+    measured together."""
+    if pool.threads == 1:
+        return machine.shared(pool.world)
+    return replace(machine_of(pool.run(probe_core)[0], cores), waits=machine.waits, cores=0)
 
 
 def core_count() -> int:
