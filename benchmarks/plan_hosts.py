@@ -16,6 +16,7 @@ import torch
 from ..parallel.collectives import all_reduce_max, all_reduce_sum
 from ..parallel.launch import init_ranks
 from ..train.machines import Machine
+from .hosts import Hosts
 from .plan import BENCH, CASES, Case, calibrated, compare, core_count, prepare, seconds_of_step, weigh
 from .plan_probe import probe_links, with_links
 from .pool import Pool
@@ -37,6 +38,8 @@ def main(json: str | Path | None = None, quick: bool = False, netns: bool = True
         netns: False: hosts are pretended, and there is no link between them.
         limit_s: seconds after which the ranks of some hosts are ended.
     """
+    if netns:
+        Hosts(2)  # refuses at once what cannot be made
     cores, repeats = core_count(), 3 if quick else 7
     pool = Pool(2)
     try:

@@ -118,10 +118,11 @@ _AMPERE = {"bf16": 312e12, "fp32": 19.5e12, "fraction": 0.5, "intra": Rate(_BASE
 # One of two gloo ranks of one thread each on a 2-core AMD EPYC (Zen 4) virtual machine that was busy otherwise: a
 # 1024-cube product in each type, a copy of 128 MiB, all_to_all_single of 32 MiB and of 8 bytes. There is no network:
 # the second link is a copy of the first. Seconds an operator: where the line begins that a small dense model's passes
-# with one and with eight sequences make. `coterie bench plan` measures all of it anew, and rings and waiting too.
+# with one and with eight sequences make; waiting: of a dense model's step on two ranks. `coterie bench plan` measures
+# all of it anew, and rings too.
 _GLOO = Rate(45e-6, 0.94e9, 45e-6)
 _CORE = {"bf16": 0.42e12, "fp32": 0.143e12, "fraction": 0.6, "intra": _GLOO, "inter": _GLOO, "cores": 2}
-_CORE |= {"overlaps": False, "launch": 5e-6}
+_CORE |= {"overlaps": False, "launch": 5e-6, "waits": 0.23}
 
 MACHINES: dict[str, Machine] = {
     "a100-40": Machine("a100-40", memory=39.4 * GIB, memory_rate=1.555e12, **_AMPERE),
