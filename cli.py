@@ -271,15 +271,21 @@ def bench(
         what: Which benchmark.
         json: Write the tidy rows here too.
         quick: Fewer cases and repeats.
-        netns: With alltoall: hosts are network namespaces, with links of 1 ms and 1 Gbit/s between them. Needs root.
+        netns: With alltoall and plan: hosts are network namespaces, with links of 1 ms and 1 Gbit/s between them.
+            Needs root.
     """
     if what == "alltoall":
         from .benchmarks.alltoall import main as exchanges
 
         exchanges(json=json, quick=quick, netns=netns)
         return
+    if netns and what == "plan":
+        from .benchmarks.plan_hosts import main as over_hosts
+
+        over_hosts(json=json, quick=quick)
+        return
     if netns:
-        raise ValueError(f"--netns is for the benchmark alltoall, not for {what}")
+        raise ValueError(f"--netns is for the benchmarks alltoall and plan, not for {what}")
     if what == "layer":
         from .benchmarks.layer import main as run
     elif what == "layouts":

@@ -11,13 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json as jsonlib
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,16 +32,14 @@ from ..parallel.exchange_dedup import EXCHANGES, make_exchange
 from ..parallel.exchange_probe import measure_rates, pick_exchange
 from ..parallel.exchange_replicas import Replicas
 from ..parallel.launch import init_ranks
-from .hosts import DEVICE, Hosts
-from .pool import free_port
 from .rows import Row, show, write
+from .spread import run_spread
 from .timing import interleaved, median_and_spread
 
 BENCH = "alltoall"
 HOSTS = ((2, 2), (2, 4), (4, 2))  # nodes, ranks on each
 TOKENS = (64, 8192)  # of all ranks together
 DIM, EXPERTS, TOP_K = 512, 16, 4
-DELAY_MS, GBIT = 1.0, 1.0
 LAYER_TOKENS = 1024
 
 
@@ -112,40 +104,8 @@ def _layer_rows(found: dict[str, Any]) -> list[Row]:
 def _on_ranks(
     nodes: int, per_node: int, tokens: tuple[int, ...], repeats: int, netns: bool, limit_s: float
 ) -> list[dict[str, Any]]:
-    """Starts the ranks, each on its host, and returns what rank 0 found."""
-    with Hosts(nodes, DELAY_MS, GBIT) if netns else nullcontext() as hosts, tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        where = "loopback" if hosts is None else f"{DELAY_MS:g} ms {GBIT:g} Gbit/s by {hosts.link}"
-        words = [sys.executable, "-m", "coterie.benchmarks.alltoall", "--worker", str(out), "--where", where]
-        words += ["--repeats", str(repeats), "--tokens", *map(str, tokens)]
-        common = {"WORLD_SIZE": str(nodes * per_node), "LOCAL_WORLD_SIZE": str(per_node), "OMP_NUM_THREADS": "1"}
-        common |= {"MASTER_ADDR": "127.0.0.1" if hosts is None else hosts.address(0), "MASTER_PORT": str(free_port())}
-        if hosts is not None:
-            common["GLOO_SOCKET_IFNAME"] = DEVICE
-        ranks: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(nodes * per_node):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank % per_node)}
-                command = words if hosts is None else hosts.command(rank // per_node, words)
-                ranks.append(subprocess.Popen(command, env=os.environ | common | place))
-            _wait_for(ranks, limit_s)
-        finally:
-            for one in ranks:
-                one.kill()
-                one.wait()
-        return jsonlib.loads(out.read_text())
-
-
-def _wait_for(ranks: list[subprocess.Popen[bytes]], limit_s: float) -> None:
-    end = time.monotonic() + limit_s
-    while any(one.poll() is None for one in ranks):
-        failed = [rank for rank, one in enumerate(ranks) if one.poll()]
-        if failed or time.monotonic() > end:
-            why = f"rank {failed[0]} failed" if failed else f"the ranks took over {limit_s:.0f} s"
-            raise ValueError(f"bench alltoall: {why}")
-        time.sleep(0.1)
-    if any(one.returncode for one in ranks):
-        raise ValueError("bench alltoall: a rank failed")
+    words = ["--repeats", str(repeats), "--tokens", *map(str, tokens)]
+    return run_spread(BENCH, nodes, per_node, words, netns, limit_s)
 
 
 def worker(out: Path, where: str, tokens: list[int], repeats: int) -> None:

@@ -1,9 +1,10 @@
 """`coterie bench plan`: what the planner predicts beside what training steps on this machine's ranks need.
 
-This machine is measured first: products and copies of one core, and links between two ranks. How much of the product
-rate a training step reaches is taken from a dense model on two ranks, whose steps take turns with those of each case:
-a busy machine slows both. Peaks are those of torch's allocator, bytes those of a census of all collectives, and
-both repeat. Seconds are medians. Ranks beyond the cores share them.
+This machine is measured first: products, copies, and a dense model's passes on each core, and at every number of
+ranks the collectives between them. How long ranks wait for each other is taken from one case, the reference, whose
+steps then take turns with those of each case: a busy machine slows both, and predictions are scaled by as much. Peaks
+are those of torch's allocator, bytes those of a census of all collectives, and both repeat. Seconds are medians.
+Ranks beyond the cores share them.
 """
 
 from __future__ import annotations
@@ -28,28 +29,25 @@ from ..models.config import ModelConfig
 from ..models.gpt import GPT
 from ..models.parallelize import parallelize
 from ..moe.config import MoEConfig
-from ..parallel.all_to_all import Network
 from ..parallel.census import Census
-from ..parallel.cost import Rate
-from ..parallel.exchange_probe import measure_rates
 from ..parallel.launch import Ranks, keep_freed_memory
 from ..parallel.mesh import build_mesh
-from ..train.clock import peak_flops
 from ..train.config import ParallelConfig, TrainConfig, exchanging, layout
 from ..train.data import Batch
 from ..train.loop import Trainer
-from ..train.machines import MACHINES, Machine
+from ..train.machines import Machine
 from ..train.objective import LanguageModelling
 from ..train.plan import Row as Planned
 from ..train.plan import row_of
+from .plan_probe import DENSE, SEQUENCE, machine_of, probe_core, probe_links, with_links
 from .pool import Pool
 from .rows import Row, show, write
 from .timing import median_and_spread
 
 BENCH = "plan"
-_DENSE = ModelConfig(vocab_size=2048, max_positions=128, layers=4, dim=256, heads=4, hidden=768)
-_MOE = replace(_DENSE, experts=(0, 8, 0, 8), moe=MoEConfig(top_k=2, hidden=384))
-_PR_MOE = replace(_DENSE, experts=(0, 4, 0, 8), moe=MoEConfig(top_k=1, hidden=384, residual=True))
+WARM = 8  # oneDNN compiles a product for each new number of rows, and routing makes new ones for some time
+_MOE = replace(DENSE, experts=(0, 8, 0, 8), moe=MoEConfig(top_k=2, hidden=384))
+_PR_MOE = replace(DENSE, experts=(0, 4, 0, 8), moe=MoEConfig(top_k=1, hidden=384, residual=True))
 
 
 class Case(NamedTuple):
@@ -64,14 +62,14 @@ class Case(NamedTuple):
     @property
     def config(self) -> TrainConfig:
         return TrainConfig(
-            seq_len=128, batch_size=16, micro_batch=self.micro_batch, model=self.model, parallel=self.parallel
+            seq_len=SEQUENCE, batch_size=16, micro_batch=self.micro_batch, model=self.model, parallel=self.parallel
         )
 
 
-# One thread a rank: threads that wait for each other suffer most on a busy machine.
-REFERENCE = Case("dense, FSDP 2", 2, _DENSE)
+# The case that tells how long ranks wait for each other; its own step is right by construction.
+REFERENCE = Case("dense, FSDP 2", 2, DENSE)
 CASES = (
-    Case("dense, 1 rank", 1, _DENSE),
+    Case("dense, 1 rank", 1, DENSE),
     Case("MoE, 1 rank", 1, _MOE),
     Case("MoE in bf16, 1 rank", 1, _MOE, ParallelConfig(dtype="bfloat16")),
     Case("residual, 1 rank", 1, _PR_MOE),
@@ -98,69 +96,95 @@ def main(json: str | Path | None = None, quick: bool = False) -> list[Row]:
     Args:
         quick: two cases of each number of ranks, few repeats.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    repeats = 3 if quick else 9
+    cores, repeats = core_count(), 3 if quick else 7
     rows: list[Row] = []
-    reference, machine = Pool(REFERENCE.world), measure_machine(cores)
-    reference.run(prepare, tuple(REFERENCE))
+    reference = Pool(REFERENCE.world)
+    machine, usual = calibrated(reference, cores, repeats)
     for world in sorted({case.world for case in CASES}):
         pool = Pool(world, max(1, cores // world))
         cases = [case for case in CASES if case.world == world]
+        on = with_links(_cores_of(pool, machine, cores), pool.run(probe_links)[0])
         for case in cases[:2] if quick else cases:
-            pool.run(prepare, tuple(case))
+            pool.run(prepare, tuple(case), 2 if quick else WARM)
             beside, taken = [], []
             for _ in range(repeats):
-                beside.append(max(reference.run(_seconds)))
-                taken.append(max(pool.run(_seconds)))
-            on = calibrate(machine, statistics.median(beside))
-            rows += compare(case, pool.run(weigh), on, taken)
+                beside.append(max(reference.run(seconds_of_step)))
+                taken.append(max(pool.run(seconds_of_step)))
+            slow = statistics.median(beside) / usual
+            rows += compare(case, pool.run(weigh), on, taken, slow=slow)
             if json is not None:
                 write(rows, json)
         pool.close()
     reference.close()
-    show(rows)
-    for metric in ("peak error", "bytes error", "step error"):
-        errors = [abs(row.value) for row in rows if row.metric == metric]
-        print(f"{metric}: median {statistics.median(errors):.1f}%, largest {max(errors):.1f}%")
+    report(rows)
     return rows
 
 
-def measure_machine(cores: int) -> Machine:
-    """This machine's figures for one core, while two are at work; `fraction` is not known yet and is 1."""
-    pool = Pool(2)
-    try:
-        fp32, bf16, copied = pool.run(_probe)[0]
-        link = Rate(*pool.run(_probe_links)[0])
-    finally:
-        pool.close()
-    rates: dict[str, Any] = {"fp32": fp32, "bf16": bf16, "memory_rate": copied, "intra": link, "inter": link}
-    return replace(MACHINES["cpu"], fraction=1.0, cores=cores, **rates)
+def _cores_of(pool: Pool, machine: Machine, cores: int) -> Machine:
+    """What a rank of the pool computes with: a share of the cores; several threads wait for each other, so they are
+    measured together."""
+    if pool.threads == 1:
+        return machine.shared(pool.world)
+    return replace(machine_of(pool.run(probe_core)[0], cores), waits=machine.waits, cores=0)
 
 
-def calibrate(on: Machine, seconds: float) -> Machine:
-    """The machine with the fraction that makes the prediction of the reference true."""
-    step = _planned(REFERENCE, on).step
-    return replace(on, fraction=on.fraction * step.compute / max(seconds - step.total + step.compute, 1e-9))
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _planned(case: Case, on: Machine) -> Planned:
-    return row_of(case.config, layout(case.config, case.world), on, case.world)
+def calibrated(reference: Pool, cores: int, repeats: int) -> tuple[Machine, float]:
+    """One core of this machine, with the links of two ranks; and seconds of the reference's step, which the pool then
+    keeps ready."""
+    machine = machine_of(reference.run(probe_core)[0], cores)
+    on = with_links(machine.shared(REFERENCE.world), reference.run(probe_links)[0])
+    reference.run(prepare, tuple(REFERENCE), WARM)
+    usual = statistics.median(max(reference.run(seconds_of_step)) for _ in range(2 * repeats))
+    return replace(machine, waits=waits(on, usual)), usual
 
 
-def compare(case: Case, found: Sequence[dict[str, float]], on: Machine, seconds: Sequence[float] = ()) -> list[Row]:
-    """Rows of one case: the fullest rank's peak, the mean of bytes sent, `seconds` of steps; predicted, measured."""
-    planned = _planned(case, on)
-    sent = planned.traffic
+def waits(on: Machine, seconds: float) -> float:
+    """What makes the prediction of the reference true: seconds of waiting for each one of computing."""
+    step = planned(REFERENCE, replace(on, waits=0.0)).step
+    return max(0.0, seconds - step.total) / (step.compute + step.launch)
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Shows the rows but for the parts of steps, and what is left to be wrong; the reference's time is no finding."""
+    show([row for row in rows if not row.metric.startswith("part ")])
+    for metric in ("peak error", "bytes error", "step error"):
+        counted = [r for r in rows if r.metric == metric and (metric != "step error" or r.case != REFERENCE.name)]
+        errors = [abs(row.value) for row in counted]
+        print(f"{metric}: median {statistics.median(errors):.1f}%, largest {max(errors):.1f}%")
+
+
+def planned(case: Case, on: Machine, node: int = 0) -> Planned:
+    """The planner's row of a case; `node` ranks on a host, 0: all."""
+    return row_of(case.config, layout(case.config, case.world), on, node or case.world)
+
+
+def compare(
+    case: Case,
+    found: Sequence[dict[str, float]],
+    on: Machine,
+    seconds: Sequence[float] = (),
+    *,
+    slow: float = 1.0,
+    node: int = 0,
+) -> list[Row]:
+    """Rows of one case: the fullest rank's peak, the mean of bytes sent, `seconds` of steps; predicted, measured.
+
+    Args:
+        slow: how much slower than usual the machine was.
+        node: ranks of a host; 0: all.
+    """
+    plan = planned(case, on, node)
+    predicted_bytes, sent = sum(flow.sent for flow in plan.traffic), statistics.mean(rank["sent"] for rank in found)
     middle, spread = median_and_spread(list(seconds)) if seconds else (0.0, 0.0)
     pairs = {
-        "peak": (planned.memory.peak / 2**20, max(rank["peak"] for rank in found) / 2**20, "MiB", None),
-        "bytes": (
-            sum(flow.sent for flow in sent) / 2**20,
-            statistics.mean(rank["sent"] for rank in found) / 2**20,
-            "MiB",
-            None,
-        ),
-        "step": (planned.step.total * 1e3, middle * 1e3, "ms", spread * 1e3),
+        "peak": (plan.memory.peak / 2**20, max(rank["peak"] for rank in found) / 2**20, "MiB", None),
+        "bytes": (predicted_bytes / 2**20, sent / 2**20, "MiB", None),
+        "step": (plan.step.total * slow * 1e3, middle * 1e3, "ms", spread * 1e3),
     }
     rows = []
     for metric, (predicted, measured, unit, around) in pairs.items():
@@ -168,32 +192,18 @@ def compare(case: Case, found: Sequence[dict[str, float]], on: Machine, seconds:
             rows.append(Row(BENCH, case.name, "run", metric, measured, unit, around))
             rows.append(Row(BENCH, case.name, "plan", metric, predicted, unit))
             rows.append(Row(BENCH, case.name, "plan", f"{metric} error", 100 * (predicted / measured - 1), "%"))
+    if seconds:
+        parts = plan.step._asdict().items()
+        rows += [Row(BENCH, case.name, "plan", f"part {name}", part * slow * 1e3, "ms") for name, part in parts]
     return rows
 
 
-def _probe(rank: int, world: int) -> list[float]:
-    """Operations per second in fp32 and bf16, bytes per second of a copy, while the other rank does the same."""
-    rates = [peak_flops(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
-    source, target = torch.ones(1 << 24), torch.empty(1 << 24)
-    taken = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        target.copy_(source)
-        taken.append(time.perf_counter() - begin)
-    return [*rates, 2 * source.nbytes / statistics.median(taken)]
+def prepare(rank: int, world: int, case: tuple, warm: int = 2) -> None:
+    """Builds a case on this rank, in place of the one before, and makes `warm` steps."""
+    _KEPT[:] = [_Steps(Case(*case).config, Ranks(rank, rank, world, torch.device("cpu")), warm)]
 
 
-def _probe_links(rank: int, world: int) -> list[float]:
-    assert dist.group.WORLD is not None
-    return list(measure_rates(Network(dist.group.WORLD))["intra"])
-
-
-def prepare(rank: int, world: int, case: tuple) -> None:
-    """Builds a case on this rank, in place of the one before."""
-    _KEPT[:] = [_Steps(Case(*case).config, Ranks(rank, rank, world, torch.device("cpu")))]
-
-
-def _seconds(rank: int, world: int) -> float:
+def seconds_of_step(rank: int, world: int) -> float:
     """Of one step, which all ranks begin together."""
     dist.barrier()
     begin = time.perf_counter()
@@ -202,7 +212,7 @@ def _seconds(rank: int, world: int) -> float:
 
 
 def weigh(rank: int, world: int) -> dict[str, float]:
-    """What a step needs on this rank: `peak` bytes, and `sent` bytes."""
+    """What a step needs on this rank: `peak` bytes, `sent` bytes, and all-reduces (`told`)."""
     steps, peaks = _KEPT[0], []
     for _ in range(3):
         steps.trainer.optimizer.zero_grad(set_to_none=True)
@@ -212,17 +222,18 @@ def weigh(rank: int, world: int) -> dict[str, float]:
     # Gloo's thread now and then lets go of what it has sent a moment late, and routing differs from step to step (the
     # least peak would be the most even one's): the middle one repeats.
     peak = steps.standing() + statistics.median_low(peaks)
-    return {"peak": peak, "sent": sum(moved.bytes for moved in census.moved.values())}
+    sent = sum(moved.bytes for moved in census.moved.values())
+    return {"peak": peak, "sent": sent, "told": census.moved["all_reduce"].calls}
 
 
 class _Steps:
     """Steps of the real loop on text of random words."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks, warm: int) -> None:
         keep_freed_memory()
         self.trainer = _trainer(config, ranks)
         self.data = iter(self.trainer.steps(0))
-        for _ in range(2):
+        for _ in range(warm):
             self.step()
 
     def step(self) -> None:

@@ -112,8 +112,9 @@ def measure_rates(network: Network, device: torch.device | str = "cpu", repeats:
 def _swap_seconds(lane: Lane, size: int, device: torch.device, repeats: int) -> float:
     if len(lane.links) == 1:
         return 0.0
-    parcels = torch.zeros(len(lane.links), size, dtype=torch.uint8, device=device)
-    return statistics.median([_time(lambda: lane.swap(parcels)(), device) for _ in range(repeats + 2)][2:])
+    # New ones each time: a step's rows are not in a CPU's cache either.
+    parcels = [torch.zeros(len(lane.links), size, dtype=torch.uint8, device=device) for _ in range(repeats + 2)]
+    return statistics.median([_time(lambda x=x: lane.swap(x)(), device) for x in parcels][2:])
 
 
 def _rate(small: float, large: float, messages: int, message: float) -> Rate:

@@ -18,8 +18,8 @@ from .collectives import all_reduce_sum
 Way = Callable[[Tensor], Tensor]
 
 # torch 2.13 renamed them; the older names warn there.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class _Carry(torch.autograd.Function):
 def _gather(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks = group.size()
     parts = x_BsD.new_empty(ranks, *x_BsD.shape)
-    _all_gather(parts.flatten(0, 1), x_BsD.contiguous(), group=group)
+    all_gather_single(parts.flatten(0, 1), x_BsD.contiguous(), group=group)
     return parts.transpose(0, 1).flatten(1, 2)
 
 
@@ -108,7 +108,7 @@ def _scatter(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     _check(x_BSD.shape[1], ranks)
     parts = x_BSD.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()
     out = torch.empty_like(parts[0])
-    _reduce_scatter(out, parts.flatten(0, 1), group=group)
+    reduce_scatter_single(out, parts.flatten(0, 1), group=group)
     return out
 
 

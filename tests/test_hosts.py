@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coterie.benchmarks import hosts
+from coterie.benchmarks import hosts, plan_hosts
 from coterie.benchmarks.alltoall import main
 
 ECHO = """
@@ -76,3 +76,5 @@ def test_hosts_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(ValueError, match="need root and iproute2"):
         main(quick=True, netns=True)
+    with pytest.raises(ValueError, match="need root and iproute2"):
+        plan_hosts.main(quick=True)

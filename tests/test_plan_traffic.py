@@ -86,7 +86,7 @@ def _walk_ring(ranks: int, node: int, shard: int) -> tuple[float, float, int]:
 
 @pytest.mark.parametrize(("ranks", "node"), [(4, 4), (4, 2), (8, 4), (8, 1)])
 def test_ring_counts_are_those_of_a_walk(ranks: int, node: int) -> None:
-    flow = ring(span(ranks, ranks, 1, node), 100, H200)
+    flow = ring(span(ranks, ranks, 1, node), 100, H200.ring("gather"))
     assert (flow.sent, flow.inter, flow.messages) == pytest.approx(_walk_ring(ranks, node, 100))
 
 
@@ -163,5 +163,5 @@ def test_copies_cost_memory_and_experts_apart_save_fetches(shards: int, copies: 
 
 @given(st.integers(2, 64), st.integers(1, 8), st.integers(1, 1 << 30))
 def test_a_second_node_never_makes_a_ring_faster(ranks: int, nodes: int, size: int) -> None:
-    near, far = (ring(Span(ranks, n), size, H200).seconds for n in (1, min(nodes, ranks)))
+    near, far = (ring(Span(ranks, n), size, H200.ring("gather")).seconds for n in (1, min(nodes, ranks)))
     assert near <= far * (1 + 1e-9)

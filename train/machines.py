@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ..parallel.cost import Rate
 
 GIB = 2**30
+
+
+class Links(NamedTuple):
+    """How fast one kind of collective is: within a node, and between nodes."""
+
+    intra: Rate
+    inter: Rate
+
+    def slower(self, times: float) -> Links:
+        """The links of ranks that get a core for one part in `times`."""
+        return Links(*(Rate(r.latency * times, r.bandwidth / times, r.message * times) for r in self))
+
+
+class Rings(NamedTuple):
+    """Links of the ring collectives, where each kind has a pace of its own (gloo's: a reduce-scatter is an all-reduce
+    of a copy). A message is one hop."""
+
+    gather: Links
+    scatter: Links
+    total: Links
+    """Of all-reduces."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +42,7 @@ class Machine:
     fp32: float
     """The same in fp32, without TF32."""
     fraction: float
-    """Of these, what the products of a whole training step reach."""
+    """Of these, what the products of a whole training step reach, with all that is done between them."""
     memory: float
     """Bytes that a process finds."""
     memory_rate: float
@@ -33,26 +55,45 @@ class Machine:
     """Cores of a node that its ranks share, the figures above being one core's; 0: each rank has its own GPU."""
     usable: float = 0.9
     """Share of the memory that a plan may fill: the rest is for CUDA's context, NCCL's buffers and fragments."""
+    fraction_bf16: float | None = None
+    """The fraction of the peak in bf16, where it is another."""
+    overlaps: bool = True
+    """FSDP's collectives run beside the products. Gloo's are waited for, and take the core's time."""
+    launch: float = 0.0
+    """Seconds until an operator begins its work, where nothing hides them. 0: behind a GPU's kernels."""
+    waits: float = 0.0
+    """Seconds that ranks wait for the slowest one, for each second of computing; 0: `fraction` has them in it."""
+    rings: Rings | None = None
+    """None: ring collectives are as fast as all-to-alls."""
 
     def rate(self, work: int) -> float:
         """FLOP/s of a training step's products with numbers of `work` bytes."""
-        return self.fraction * (self.bf16 if work == 2 else self.fp32)
+        if work == 2:
+            return self.bf16 * (self.fraction_bf16 or self.fraction)
+        return self.fp32 * self.fraction
+
+    def ring(self, kind: str) -> Links:
+        """The links of a ring collective: gather, scatter or total."""
+        return Links(self.intra, self.inter) if self.rings is None else getattr(self.rings, kind)
 
     def shared(self, ranks: int) -> Machine:
-        """What one of `ranks` ranks of a node has: all of a GPU, but a share of the cores. Gloo computes too, so with
-        more ranks than cores its links are slower by as much."""
+        """What one of `ranks` ranks of a node has: all of a GPU, but a share of the cores. Several cores start no
+        operator faster. Gloo computes too, so with more ranks than cores its links are slower by as much."""
         if not self.cores:
             return self
         share = self.cores / ranks
-        slow = min(share, 1.0)
+        times = 1 / min(share, 1.0)
+        intra, inter = Links(self.intra, self.inter).slower(times)
         return replace(
             self,
             bf16=self.bf16 * share,
             fp32=self.fp32 * share,
             memory=self.memory * share,
             memory_rate=self.memory_rate * share,
-            intra=Rate(self.intra.latency / slow, self.intra.bandwidth * slow, self.intra.message / slow),
-            inter=Rate(self.inter.latency / slow, self.inter.bandwidth * slow, self.inter.message / slow),
+            intra=intra,
+            inter=inter,
+            launch=self.launch * times,
+            rings=None if self.rings is None else Rings(*(links.slower(times) for links in self.rings)),
             cores=0,
         )
 
@@ -76,9 +117,12 @@ _AMPERE = {"bf16": 312e12, "fp32": 19.5e12, "fraction": 0.5, "intra": Rate(_BASE
 
 # One of two gloo ranks of one thread each on a 2-core AMD EPYC (Zen 4) virtual machine that was busy otherwise: a
 # 1024-cube product in each type, a copy of 128 MiB, all_to_all_single of 32 MiB and of 8 bytes. There is no network:
-# the second link is a copy of the first. `coterie bench plan` measures them anew and holds them against runs.
+# the second link is a copy of the first. Seconds an operator: where the line begins that a small dense model's passes
+# with one and with eight sequences make; waiting: of a dense model's step on two ranks. `coterie bench plan` measures
+# all of it anew, and rings too.
 _GLOO = Rate(45e-6, 0.94e9, 45e-6)
 _CORE = {"bf16": 0.42e12, "fp32": 0.143e12, "fraction": 0.6, "intra": _GLOO, "inter": _GLOO, "cores": 2}
+_CORE |= {"overlaps": False, "launch": 5e-6, "waits": 0.23}
 
 MACHINES: dict[str, Machine] = {
     "a100-40": Machine("a100-40", memory=39.4 * GIB, memory_rate=1.555e12, **_AMPERE),

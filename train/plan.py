@@ -1,9 +1,4 @@
-"""`coterie plan`: every layout of a recipe on so many GPUs, what each needs and how long its step takes, on paper.
-
-The step is taken as max(compute, FSDP's gathers and reductions), which overlap, plus what does not overlap: the
-sequence's gathers under tp, the experts' all-to-alls, and the optimizer. Small matrices are taken to be as fast as
-large ones, and routing as balanced.
-"""
+"""`coterie plan`: every layout of a recipe on so many GPUs, what each needs and how long its step takes, on paper."""
 
 from __future__ import annotations
 
@@ -12,29 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..models.fit import sizes
-from ..models.params import count_params, flops_per_token
 from ..parallel.layout import Layout, divisors, near
 from .config import TrainConfig
 from .machines import Machine
 from .plan_memory import Memory, Run, memory
+from .plan_time import Step, step_time
 from .plan_traffic import Traffic, traffic
 
 DEGREES = ("dp_replicate", "dp_shard", "tp", "ep", "etp")
 _WORK = {"float32": 4, "bfloat16": 2}
-
-
-class Step(NamedTuple):
-    """Predicted seconds of an optimizer step."""
-
-    compute: float
-    fsdp: float
-    tensor: float
-    exchange: float
-    optimizer: float
-
-    @property
-    def total(self) -> float:
-        return max(self.compute, self.fsdp) + self.tensor + self.exchange + self.optimizer
 
 
 class Row(NamedTuple):
@@ -98,33 +79,6 @@ def run_of(config: TrainConfig, layout: Layout, on: Machine) -> Run:
         parallel.reshard,
         parallel.sync_every_micro,
         on.name == "cpu",
-    )
-
-
-def step_time(config: TrainConfig, layout: Layout, run: Run, sent: Traffic, shards: int, on: Machine) -> Step:
-    """Seconds of a step's parts. `shards`: parameters of this rank.
-
-    Experts are held against the memory's rate too: their weights are read three times a micro-batch, and few tokens
-    an expert do not pay for that. AdamW reads and writes masters and moments and reads gradients: 28 bytes each.
-    """
-    model = config.model
-    tokens = config.step_tokens / layout.world
-    passes = 4 / 3 if run.recompute == "full" else 1
-    routed = experts = 0.0
-    count = count_params(model)
-    if count.experts:
-        one = count.experts / sum(model.experts)
-        visited = [e for e in model.experts if e]
-        routed = 6 * one * model.moe.top_k * len(visited) * tokens * passes
-        held = one * sum(e / (layout.experts(e).ep * layout.etp) for e in visited)
-        experts = max(routed / on.rate(run.work), 3 * passes * held * run.work * run.micros / on.memory_rate)
-    work = flops_per_token(model, config.seq_len) * tokens * passes - routed
-    return Step(
-        work / on.rate(run.work) + experts,
-        sent.gather.seconds + sent.reduce.seconds,
-        sent.tensor.seconds,
-        sent.exchange.seconds,
-        28 * shards / on.memory_rate,
     )
 
 

@@ -8,7 +8,8 @@ D model, K choices.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+import math
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from ..models.config import ModelConfig
 from ..parallel.cost import Batch, choose_exchange, expect, phases, sent
 from ..parallel.layout import Layout
 from ..parallel.traffic import Nodes
-from .machines import Machine
+from .machines import Links, Machine
 from .plan_memory import Run, layers
 from .plan_shards import Group, groups
 
@@ -60,6 +61,8 @@ class Traffic(NamedTuple):
     """Gathers and scatters of the sequence over tp."""
     exchange: Flow
     """All-to-alls of tokens, and the gathers and scatters of their rows over etp."""
+    control: Flow
+    """All-reduces of a few numbers over all ranks: counts of tokens, of the routers' choices, and the norm."""
 
 
 @cache
@@ -72,23 +75,35 @@ def span(world: int, ranks: int, stride: int, node: int) -> Span:
     return Span(ranks, nodes)
 
 
-def ring(where: Span, shard: float, machine: Machine, *, rounds: int = 1) -> Flow:
+def ring(where: Span, shard: float, links: Links, *, rounds: int = 1) -> Flow:
     """An all-gather of, or a reduce-scatter to, `shard` bytes of each rank; rounds=2: an all-reduce of n shards.
 
     A ring leaves a node once; the ring's ranks of a node share their nodes' links between as many rings.
     """
-    n = where.ranks
+    n, (intra, inter) = where.ranks, links
     if n == 1:
         return Flow()
     messages, sent = rounds * (n - 1), rounds * (n - 1) * shard
     crossing = where.nodes - 1
-    hops = crossing * machine.inter.message + (n - 1 - crossing) * machine.intra.message
+    hops = crossing * inter.message + (n - 1 - crossing) * intra.message
     local = n / where.nodes
-    slowest = sent / machine.intra.bandwidth if local > 1 else 0.0
-    inter = sent / local if where.nodes > 1 else 0.0
-    slowest = max(slowest, inter / machine.inter.bandwidth)
+    slowest = sent / intra.bandwidth if local > 1 else 0.0
+    leaves = sent / local if where.nodes > 1 else 0.0
+    slowest = max(slowest, leaves / inter.bandwidth)
+    latency = inter.latency if where.nodes > 1 else intra.latency
+    return Flow(1, messages, sent, leaves, latency + rounds * hops + slowest)
+
+
+def tell(where: Span, size: float, machine: Machine) -> Flow:
+    """An all-reduce of `size` bytes that are few: NCCL goes up and down a tree, gloo around a ring."""
+    around = ring(where, size / where.ranks, machine.ring("total"), rounds=2)
+    if machine.rings is not None or where.ranks == 1:
+        return around
+    far = math.ceil(math.log2(where.nodes))
+    near = math.ceil(math.log2(where.ranks / where.nodes))
+    hops = far * machine.inter.message + near * machine.intra.message
     latency = machine.inter.latency if where.nodes > 1 else machine.intra.latency
-    return Flow(1, messages, sent, inter, latency + rounds * hops + slowest)
+    return replace(around, seconds=latency + 2 * hops)
 
 
 @cache
@@ -119,16 +134,26 @@ def traffic(config: ModelConfig, layout: Layout, run: Run, machine: Machine, nod
             reduce += other.times(number * (run.micros if run.sync_every_micro else 1))
         if layer is not None and config.experts_of(layer):
             exchange += _experts(config, layout, config.experts_of(layer), run, machine, node).times(number)
-    return Traffic(gather, reduce, _tensor(config, layout, run, machine, node), exchange)
+    tensor = _tensor(config, layout, run, machine, node)
+    return Traffic(gather, reduce, tensor, exchange, _control(config, layout, run, machine, node))
+
+
+def _control(config: ModelConfig, layout: Layout, run: Run, machine: Machine, node: int) -> Flow:
+    """A step counts its tokens and sums up norm, losses and statistics; a MoE layer's router counts its choices over
+    all ranks, again when it is repeated."""
+    where = span(layout.world, layout.world, 1, node)
+    routers = sum(config.experts_of(layer) > 0 for layer in range(config.layers))
+    passes = run.micros * (2 if run.recompute == "full" else 1)
+    return tell(where, 8 * max(config.experts, default=1), machine).times(2 + routers * passes)
 
 
 def _sharded(group: Group, layout: Layout, run: Run, machine: Machine, node: int) -> tuple[Flow, Flow]:
     """One all-gather of a group's weights, and one reduction of its gradients (fp32)."""
     where = span(layout.world, group.ranks, group.stride, node)
-    gather = ring(where, group.shard * (4 if group.wide else run.work), machine)
-    reduce = ring(where, 4 * group.shard, machine)
+    gather = ring(where, group.shard * (4 if group.wide else run.work), machine.ring("gather"))
+    reduce = ring(where, 4 * group.shard, machine.ring("scatter"))
     copies = span(layout.world, group.copies, group.copy_stride, node)
-    return gather, reduce + ring(copies, 4 * group.shard / group.copies, machine, rounds=2)
+    return gather, reduce + ring(copies, 4 * group.shard / group.copies, machine.ring("total"), rounds=2)
 
 
 def _tensor(config: ModelConfig, layout: Layout, run: Run, machine: Machine, node: int) -> Flow:
@@ -144,8 +169,9 @@ def _tensor(config: ModelConfig, layout: Layout, run: Run, machine: Machine, nod
     dense = sum(config.experts_of(layer) == 0 for layer in range(config.layers))
     again = {"none": 0, "selective": 2 * config.layers, "full": 2 * config.layers + dense}[run.recompute]
     calls = 4 * (config.layers + dense) + again + 4
-    loss = ring(where, 4 * run.tokens / layout.tp, machine, rounds=2).times(3)
-    return (ring(where, slice_bytes, machine).times(calls) + loss).times(run.micros)
+    loss = ring(where, 4 * run.tokens / layout.tp, machine.ring("total"), rounds=2).times(3)
+    gathers, scatters = (ring(where, slice_bytes, machine.ring(kind)) for kind in ("gather", "scatter"))
+    return (gathers.times(calls / 2) + scatters.times(calls / 2) + loss).times(run.micros)
 
 
 def _experts(config: ModelConfig, layout: Layout, experts: int, run: Run, machine: Machine, node: int) -> Flow:
@@ -160,5 +186,7 @@ def _experts(config: ModelConfig, layout: Layout, experts: int, run: Run, machin
     moved = exchange(where, batch, machine)
     moved += exchange(where, batch, machine, backward=False) if again else Flow()
     slices = span(layout.world, spread.etp, 1, node)
-    calls = 6 if again else 4
-    return (moved + ring(slices, tokens * K * config.dim * run.work, machine).times(calls)).times(run.micros)
+    rows = tokens * K * config.dim * run.work
+    gathers, scatters = (ring(slices, rows, machine.ring(kind)) for kind in ("gather", "scatter"))
+    each = 3 if again else 2
+    return (moved + gathers.times(each) + scatters.times(each)).times(run.micros)
