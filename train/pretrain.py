@@ -87,8 +87,10 @@ def _override(name: str, arguments: list[str], first: bool) -> TrainConfig | Non
     default = RECIPES[name]()
     init = _given(arguments, "--init") or default.init
     if init:
+        from ..models.hub import resolve
         from .initial import settings
 
+        init = str(resolve(init))
         default = replace(default, init=init, model=settings(init))
     try:
         with contextlib.redirect_stderr(trouble):
@@ -114,6 +116,7 @@ def _override(name: str, arguments: list[str], first: bool) -> TrainConfig | Non
         from .initial import refuse_other
 
         refuse_other(init, default.model, config.model)
+        config = replace(config, init=init)
     elif name == CONTINUE:
         raise ValueError(f"recipe {name} goes on from a model: give its directory with --init")
     return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..models.config import ModelConfig
+from ..models.hub import resolve
 from ..models.params import count_params
 from ..models.upcycle import Upcycled, Upcycling, difference
 from ..models.write import Width, model_of, ordered, write
@@ -32,7 +33,7 @@ def upcycle(
         ValueError, FileNotFoundError: what was given does not fit; nothing is written.
         OSError: the disk is full; `output` is as it was.
     """
-    source, output = Path(source), Path(output)
+    source, output = resolve(source), Path(output)
     order = ordered("coterie", dtype, max_file_size, output, force)
     dense = model_of(source)
     view = Upcycled(dense.config, dense.tensors, how)
