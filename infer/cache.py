@@ -19,6 +19,8 @@ class DenseCache:
         length: tokens held; the caller moves it with `advance` after each pass of the model.
     """
 
+    losses = False
+
     def __init__(self, config: ModelConfig, batch: int, tokens: int, *, device=None, dtype=None) -> None:
         shape = (config.layers, 2, batch, config.num_kv_heads, tokens, config.width_per_head)
         # Never read before it is written: attention is cut at the length.

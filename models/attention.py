@@ -24,6 +24,8 @@ class Cache(Protocol):
 
     length: int
     """Tokens held by every sequence: the position of the next one where positions are not given."""
+    losses: bool
+    """Whether a pass with this cache computes the router's losses and entropy, which decoding does not read."""
 
     def attend(self, layer: int, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor) -> Tensor:
         """Stores the new keys and values of `layer` and attends to all up to each query: o_BSHd."""

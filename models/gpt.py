@@ -119,7 +119,8 @@ class Block(nn.Module):
         h_BSD, x_BSD = attend(x_BSD, cos, sin, cache)  # type: ignore[misc]
         if self.moe is None:
             return x_BSD + self.mlp(h_BSD), None  # type: ignore[misc]
-        out = self.moe(h_BSD, valid_BS, replay_TK=replay_TK, history_E=history_E, losses=cache is None)
+        losses = cache is None or cache.losses
+        out = self.moe(h_BSD, valid_BS, replay_TK=replay_TK, history_E=history_E, losses=losses)
         return x_BSD + out.y, out.routing
 
 
@@ -187,7 +188,7 @@ class GPT(nn.Module):
             positions_BS: their positions, (S,) or (B, S); None: counted from the cache's length, or from 0.
             targets_BS: ids to predict; -100 is not counted.
             valid_BS: False for padding at the end of a sequence: no expert sees it and no statistic counts it.
-            cache: keys and values of earlier tokens; the caller advances it. The router's losses and entropy are 0.
+            cache: keys and values of earlier tokens; the caller advances it. It may leave the router's losses at 0.
             routes: choices of an earlier pass over the same tokens, one (T, K) per MoE layer.
             history: per MoE layer, counts of the optimizer step's earlier micro-batches, (E,).
             logits_to_keep: only the last so many positions get logits; 0: all.

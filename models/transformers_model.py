@@ -80,6 +80,8 @@ def _plain(config: ModelConfig) -> dict[str, Any]:
 class _Attending:
     """transformers' cache as the one that `Attention` asks; without a cache, attention under a mask of padding."""
 
+    losses = True  # they are in the answer, with a cache too
+
     def __init__(self, cache: Cache | None, length: int, mask_BS1L: Tensor | None) -> None:
         self.length = length
         self._cache, self._mask = cache, mask_BS1L

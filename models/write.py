@@ -131,8 +131,8 @@ def write(output: Path, model: Model, order: Order) -> None:
         drafts.text("config.json", json.dumps(config, indent=2) + "\n")
         for name, content in beside.items():
             drafts.data(name, content)
-        for name in set(BESIDE) - beside.keys() if model.tokenizer is not None else ():
-            drafts.drop(name)  # of the model that was here before; a tokenizer that none replaces stays
+        for name in set(BESIDE) - beside.keys():
+            drafts.drop(name)  # of the model that was here before
         write_tensors(drafts, heads, lambda name: pieces(source, name, PIECE), order.file_bytes)
         model.check()
         drafts.publish()

@@ -136,7 +136,7 @@ def test_generate_takes_a_name_of_the_hub(
     assert by_name.err == "hf://org/name@v1 is commit 0123abcd\n"
 
 
-@pytest.mark.parametrize("how", ["told to be offline", pytest.param("no way there", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["told to be offline", pytest.param("no way there", marks=pytest.mark.long)])
 def test_without_a_network_the_cache_is_read_or_one_sentence_said(tmp_path: Path, how: str) -> None:
     """The library itself, in a process of its own: it reads its settings when it is imported."""
     lost = {"HF_HUB_OFFLINE": "1"} if how == "told to be offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from coterie.models.attention import scaled
 from coterie.models.config import ModelConfig, RopeScaling
+from coterie.models.config_file import config_from_dict, config_to_dict
 from coterie.models.gpt import GPT
-from coterie.models.weights import config_from_dict, config_to_dict
 from coterie.moe.balance import balance_loss, fractions, model_balance_loss
 from coterie.moe.config import GateConfig, MoEConfig
 from coterie.moe.gate import Gate

@@ -14,7 +14,7 @@ from ..models.config import ModelConfig
 from ..models.hf import shapes_of
 from ..models.parts import Box
 from ..models.tokenizer import Tokenizer
-from ..models.write import Kind, Model, Width, ordered, write
+from ..models.write import BESIDE, Kind, Model, Width, ordered, write
 from .config import DataConfig, TrainConfig, from_dict
 from .expert_prints import Prints, as_text, compare, print_rows
 from .manifest import MANIFEST, CheckpointError, list_checkpoints, read_manifest, step_of, verify
@@ -106,7 +106,9 @@ def open_checkpoint(checkpoint: Path, output: Path) -> Model:
             f"checkpoint {checkpoint} does not hold the model that its {MANIFEST} describes: {odd[0]} differs"
         )
     tokenizer = _tokenizer(checkpoint.parent.parent, output)
-    beside = {} if tokenizer is None else {name: text.encode() for name, text in tokenizer.files().items()}
+    beside = {name: (output / name).read_bytes() for name in BESIDE if (output / name).is_file()}
+    if tokenizer is not None:
+        beside = {name: text.encode() for name, text in tokenizer.files().items()}
     tensors = _Watched(checkpoint, list(wanted), stored, manifest.get("experts", {}))
     return Model(config, tensors, beside, tokenizer, tensors.check)
 
