@@ -11,6 +11,8 @@ import math
 import os
 import re
 import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +26,9 @@ from .tensor_files import INDEX, KINDS, WEIGHTS, WORDS
 HEADER_BYTES = 2**24
 """The most that a file may say of its tensors: some 150,000 of them."""
 MOST_AXES, MOST_SIZE = 16, 2**40
-PIECE = 2**25
-"""Bytes that are read at a time, or one row if that is more."""
+PIECE, READERS = 2**24, 2
+"""Bytes that a thread reads at a time, or one row if that is more; while one waits for the disk another writes to
+memory that is touched for the first time, which takes as long."""
 
 _DTYPES = {kind: dtype for dtype, kind in WORDS.items()}
 
@@ -41,6 +44,16 @@ class _Place(NamedTuple):
     """Of its first byte in the file."""
 
 
+class _Part(NamedTuple):
+    """What `StoredTensors._rows` does."""
+
+    target: Tensor
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    box: tuple[slice, ...]
+
+
 class StoredTensors:
     """All tensors of a directory: one `model.safetensors`, or several files and an index.
 
@@ -53,6 +66,7 @@ class StoredTensors:
     def __init__(self, folder: Path) -> None:
         self.source = folder / (INDEX if is_there(folder / INDEX) else WEIGHTS)
         self._places: dict[str, _Place] = {}
+        self._readers = ThreadPoolExecutor(READERS)
         listed = _indexed(self.source) if self.source.name == INDEX else {self.source: None}
         for file, expected in listed.items():
             names = self._add(file)
@@ -94,7 +108,6 @@ class StoredTensors:
         self.fill(target, name, box)
         return target
 
-    @torch.no_grad()
     def fill(self, target: Tensor, name: str, box: tuple[slice, ...]) -> None:
         """Reads a box of one tensor into `target`, of the box's shape and any type or device.
 
@@ -103,14 +116,23 @@ class StoredTensors:
         Raises:
             ValueError: there is a NaN or an infinity in it, or the file has become shorter.
         """
-        place, width = self._places[name], self.dtype(name).itemsize
-        if not place.shape:
-            self._rows(target.view(1), name, place.start, (1,), ())
+        box = box or tuple(slice(0, size) for size in self.shape(name))
+        parts = list(self._parts(target.detach(), name, box))
+        if len(parts) == 1:
+            self._rows(*parts[0])
             return
-        shape, box = place.shape, box or tuple(slice(0, size) for size in place.shape)
+        for done in [self._readers.submit(self._rows, *part) for part in parts]:
+            done.result()
+
+    def _parts(self, target: Tensor, name: str, box: tuple[slice, ...]) -> Iterator[_Part]:
+        """Runs of whole rows that hold the box, each of `PIECE` bytes at most."""
+        shape, begin = self.shape(name), self._places[name].start
+        if not shape:
+            yield _Part(target.view(1), name, begin, (1,), ())
+            return
         cut = [axis for axis, (b, size) in enumerate(zip(box, shape, strict=True)) if (b.start, b.stop) != (0, size)]
         axis = min(max(cut, default=0), max(len(shape) - 2, 0))  # columns are taken from whole rows
-        row = width * math.prod(shape[axis + 1 :])
+        row = self.dtype(name).itemsize * math.prod(shape[axis + 1 :])
         step = max(1, PIECE // max(1, row))
         for lead in itertools.product(*(range(b.start, b.stop) for b in box[:axis])):
             index = 0
@@ -120,8 +142,8 @@ class StoredTensors:
             for first in range(box[axis].start, box[axis].stop, step):
                 last = min(first + step, box[axis].stop)
                 part = here[first - box[axis].start : last - box[axis].start]
-                start = place.start + (index * shape[axis] + first) * row
-                self._rows(part, name, start, (last - first, *shape[axis + 1 :]), box[axis + 1 :])
+                start = begin + (index * shape[axis] + first) * row
+                yield _Part(part, name, start, (last - first, *shape[axis + 1 :]), box[axis + 1 :])
 
     def _rows(self, target: Tensor, name: str, start: int, shape: tuple[int, ...], box: tuple[slice, ...]) -> None:
         """Reads whole rows, from byte `start` on, and puts their part `box` into `target`."""

@@ -1,6 +1,8 @@
 """Model directories: what is written comes back, and what does not fit is refused whole."""
 
 import json
+import os
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from coterie.models import stored
 from coterie.models.config import ModelConfig
 from coterie.models.config_file import config_from_dict, config_to_dict
 from coterie.models.gpt import GPT
@@ -299,3 +302,31 @@ def test_full_state_dict_of_a_plain_model() -> None:
     assert state.keys() == model.state_dict().keys()
     state["embed.weight"].zero_()
     assert model.embed.weight.abs().sum() > 0, "the dict must be a copy"
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 6), (3, 4, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize("piece", [1, 40, 1 << 24])
+def test_any_box_of_a_stored_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], piece: int
+) -> None:
+    """Rows are read in pieces, by several threads, into memory of any stride and type."""
+    monkeypatch.setattr(stored, "PIECE", piece)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    save_file({"before": torch.ones(3), "it": tensor}, tmp_path / "model.safetensors")
+    there, chosen = stored.StoredTensors(tmp_path), random.Random(0)
+    assert torch.equal(there.read("it", ()), tensor)
+    for _ in range(30):
+        cuts = [sorted(chosen.choices(range(size + 1), k=2)) for size in shape]
+        box = tuple(slice(*cut) for cut in cuts)
+        assert torch.equal(there.read("it", box), tensor[box])
+        strided = torch.zeros(*tensor[box].shape, 2, dtype=torch.float64)[..., 0]
+        there.fill(strided, "it", box)
+        assert torch.equal(strided, tensor[box].double())
+
+
+def test_a_file_that_becomes_shorter_is_told(tmp_path: Path) -> None:
+    save_file({"it": torch.ones(1000)}, tmp_path / "model.safetensors")
+    there = stored.StoredTensors(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 2000)
+    with pytest.raises(ValueError, match=r"model\.safetensors has become shorter while it was read"):
+        there.read("it", ())
