@@ -7,8 +7,10 @@ Sources: the file names and keys that DeepSpeed's engine and Megatron-DeepSpeed 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,13 +122,13 @@ def _load(file: Path) -> dict[str, Any]:
     checked_size(file)
     try:
         _check_archive(file)
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
-        strange = sorted(set(found) - {"argparse.Namespace"})
-        bad = [name for name in strange if not name.startswith(_BYSTANDERS)]
-        if bad:
-            raise ValueError(f"it asks for {bad[0]!r}, which is no weight and is not run")
-        harmless: list[Any] = [argparse.Namespace, *((_Inert, name) for name in strange)]
-        with torch.serialization.safe_globals(harmless):
+        with _nothing_allowed():
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+            strange = sorted(set(found) - {"argparse.Namespace"})
+            bad = [name for name in strange if not name.startswith(_BYSTANDERS)]
+            if bad:
+                raise ValueError(f"it asks for {bad[0]!r}, which is no weight and is not run")
+            torch.serialization.add_safe_globals([argparse.Namespace, *((_Inert, name) for name in strange)])
             data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # an unpickler's stack machine fails in as many ways as there are types
         words = " ".join(str(error).split()) or type(error).__name__
@@ -134,6 +136,18 @@ def _load(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{file} holds a {type(data).__name__}, expected a dict of weights")
     return data
+
+
+@contextlib.contextmanager
+def _nothing_allowed() -> Iterator[None]:
+    """What other packages allow to be unpickled (megatron-core does, when it is imported) is not allowed in here."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _check_archive(file: Path) -> None:

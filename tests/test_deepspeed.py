@@ -142,6 +142,10 @@ def test_bystanders_of_megatron_and_numpy_do_not_run(tmp_path: Path, monkeypatch
     write(tmp_path, model, args=args, rng_state=[{"np": numpy.random.get_state()}])
     monkeypatch.delitem(sys.modules, "megatron.core.enums")
     _same(_opened(tmp_path), model)
+    allowed = (ModelType, "megatron.core.enums.ModelType")  # as megatron-core does for its own, when it is imported
+    with torch.serialization.safe_globals([allowed]):
+        _same(_opened(tmp_path), model)
+        assert allowed in torch.serialization.get_safe_globals()
 
 
 @pytest.mark.parametrize(
