@@ -48,7 +48,7 @@ def make_checkpoint(folder: Path, tokenizer: Path) -> Path:
         num_experts_per_tok=4,
         bos_token_id=None,
         eos_token_id=0,
-        pad_token_id=0,
+        pad_token_id=None,  # else its row is zeros, and norms of zeros have huge gradients
     )
     transformers.OlmoeForCausalLM(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
