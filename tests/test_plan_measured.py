@@ -1,6 +1,7 @@
 """Predicted bytes beside those that real training steps need: peaks of the allocator, and collectives by census."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,23 @@ def pools() -> Iterator[dict[int, Pool]]:
     yield made
     for pool in made.values():
         pool.close()
+
+
+TENSOR = next(case for case in CASES if case.parallel.tp == case.world == 2)
+
+
+@pytest.mark.dist
+def test_norms_of_queries_and_keys_are_counted(pools: dict[int, Pool]) -> None:
+    """Their all-reduces under tp, beyond those of the same model without them."""
+    found, told = [], []
+    for norm in ("none", "head", "all"):
+        parallel = replace(TENSOR.parallel, recompute="selective")
+        model = replace(TENSOR.model, layers=1, dim=64, experts=(8,), qk_norm=norm)
+        case = TENSOR._replace(parallel=parallel, model=model)
+        pools[2].run(prepare, tuple(case))
+        found.append(pools[2].run(weigh)[0]["told"])
+        told.append(planned(case, MACHINES["cpu"]).traffic.tensor.calls)
+    assert [number - found[0] for number in found] == [number - told[0] for number in told]
 
 
 @pytest.mark.dist

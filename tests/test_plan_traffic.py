@@ -115,11 +115,12 @@ def test_one_rank_sends_nothing() -> None:
 
 
 def test_tensor_parallel_bytes_in_numbers() -> None:
-    """DENSE, tp 2: each of 3 layers gathers and scatters twice forward and backward, and both ends of the model."""
+    """DENSE, tp 2: each of 3 layers gathers and scatters twice forward and backward, and both ends of the model; the
+    gradients of its two norms of heads are summed."""
     sent = traffic(DENSE, Layout(tp=2), Run(32, 2, 1, 2), H200, 2).tensor
     slice_bytes = 32 * DENSE.dim * 2
-    assert sent.calls == 4 * 6 + 4 + 3
-    assert sent.sent == (4 * 6 + 4) * slice_bytes + 3 * 2 * 4 * 32
+    assert sent.calls == 4 * 6 + 4 + 3 + 3 * 2
+    assert sent.sent == (4 * 6 + 4) * slice_bytes + 3 * 2 * 4 * 32 + 3 * 2 * 2 * DENSE.width_per_head
 
 
 POWERS = st.sampled_from([1, 2, 4, 8])

@@ -171,7 +171,24 @@ def _tensor(config: ModelConfig, layout: Layout, run: Run, machine: Machine, nod
     calls = 4 * (config.layers + dense) + again + 4
     loss = ring(where, 4 * run.tokens / layout.tp, machine.ring("total"), rounds=2).times(3)
     gathers, scatters = (ring(where, slice_bytes, machine.ring(kind)) for kind in ("gather", "scatter"))
-    return (gathers.times(calls / 2) + scatters.times(calls / 2) + loss).times(run.micros)
+    norms = _norms(config, run, layout.tp, where, machine)
+    return (gathers.times(calls / 2) + scatters.times(calls / 2) + loss + norms).times(run.micros)
+
+
+def _norms(config: ModelConfig, run: Run, tp: int, where: Span, machine: Machine) -> Flow:
+    """All-reduces over tp of the norms of queries and of keys: their weights' gradients, and, where a norm is over
+    all heads, an fp32 sum of squares a token forward and its gradient backward."""
+    if config.qk_norm == "none":
+        return Flow()
+    heads = (config.heads, config.num_kv_heads) if config.qk_norm == "all" else (1, 1)
+    found = Flow()
+    for number in heads:
+        weight = number * config.width_per_head
+        found += ring(where, run.work * weight / tp, machine.ring("total"), rounds=2)
+    if config.qk_norm == "all":
+        squares = ring(where, 4 * run.tokens / tp, machine.ring("total"), rounds=2)
+        found += squares.times(4 if run.recompute == "none" else 6)
+    return found.times(config.layers)
 
 
 def _experts(config: ModelConfig, layout: Layout, experts: int, run: Run, machine: Machine, node: int) -> Flow:
