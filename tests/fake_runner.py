@@ -7,11 +7,12 @@ So a block that was lost, overwritten, copied too late or shared wrongly changes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from coterie.infer.blocks import BlockPool
-from coterie.infer.request import Key, Request
+from coterie.infer.request import Key, Request, SamplingParams
 from coterie.infer.scheduler import Scheduler
-from coterie.infer.step import Event, Result, Slice, Step
+from coterie.infer.step import Event, Result, SchedulerConfig, Slice, Step
 
 VOCABULARY = 7
 EOS = 0
@@ -53,7 +54,8 @@ class FakeRunner:
         self.pool, self.guess = pool, guess
         self.memory = [[-1] * pool.size for _ in range(pool.count)]
 
-    def run(self, step: Step) -> dict[Key, Result]:
+    def run(self, step: Step, owned: bool = True) -> dict[Key, Result]:
+        """owned: the sequences still hold the blocks that they write."""
         for old, new in step.copies:
             self.memory[new] = list(self.memory[old])
         size, written = self.pool.size, set[int]()
@@ -61,7 +63,9 @@ class FakeRunner:
             end = piece.start + len(piece.tokens)
             mine = set(piece.blocks[piece.start // size : -(-end // size)])
             assert not mine & written, "two slices write one block"
-            assert all(self.pool.owners(b) == 1 and not self.pool.published(b) for b in mine), "a shared block"
+            assert not owned or all(self.pool.owners(b) == 1 and not self.pool.published(b) for b in mine), (
+                "a shared block"
+            )
             written |= mine
         for piece in step.slices:
             for block in piece.blocks[: piece.start // size]:
@@ -125,6 +129,7 @@ class Engine:
         samples = self.scheduler.add(request)
         for sample in samples:
             self.given[sample.key] = []
+            self.ended.pop(sample.key, None)
         return samples
 
     def take(self, events: Sequence[Event]) -> None:
@@ -164,3 +169,21 @@ class Engine:
             assert steps <= most, "it does not end"
         assert self.scheduler.pool.used == 0, "blocks are leaked"
         return steps
+
+
+def engine(blocks: int = 64, size: int = 4, guess: int = 0, **settings: Any) -> Engine:
+    settings = {"max_positions": 4096, "eos_ids": (EOS,), "vocabulary": VOCABULARY} | settings
+    return Engine(Scheduler(SchedulerConfig(**settings), BlockPool(blocks, size)), guess)
+
+
+def request(id: str, prompt: int | Sequence[int], most: int = 8, **settings: Any) -> Request:
+    """A prompt of so many tokens, like no other's, that does not end before `most` tokens."""
+    if isinstance(prompt, int):
+        digits = [1 + (int.from_bytes(id.encode()) >> 2 * i) % 4 for i in range(prompt)]
+        prompt = digits if len(digits) == prompt else []
+    return Request(id, tuple(prompt), SamplingParams(max_tokens=most, ignore_eos=True, **settings))
+
+
+def shape(step: Step) -> list[tuple[str, int, int]]:
+    """(id, start, tokens) of each slice."""
+    return [(piece.key[0], piece.start, len(piece.tokens)) for piece in step.slices]
