@@ -248,14 +248,13 @@ class Scheduler:
                 self.roster.preempt(request)
 
     def _advance(self, request: Request, piece: Slice, result: Result) -> Event:
-        known = len(request.tokens)
-        self._computed(request, known)
+        self._computed(request, len(request.tokens))
         self.roster.fork(request)
         right = piece.tokens[len(piece.tokens) - piece.drafts :][: result.accepted]
         new, reason, stop = self._append(request, (*right, result.token))
         request.speculative = ()
         # The guesses that were right have keys and values; the last token has none.
-        self._computed(request, min(known + result.accepted, len(request.tokens) - 1))
+        self._computed(request, len(request.tokens) - 1)
         if reason is not None:
             return self.roster.end(request, reason, new, stop)
         assert request.table is not None

@@ -26,7 +26,7 @@ class SchedulerConfig:
     alone, decodes when there are none. no_chunk: decodes and whole prompts together. A prompt of more than
     max_step_tokens is cut under every policy."""
     budget: int | Budget = 512
-    """Tokens a step under splitfuse."""
+    """Tokens a step under splitfuse. Keep it over max_sequences: decodes come first, prompts get what they leave."""
     max_step_tokens: int = 8192
     """What the runner can take in one step, whatever the policy."""
     max_sequences: int = 128

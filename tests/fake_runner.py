@@ -151,6 +151,7 @@ class Engine:
         assert len(step.slices) <= len(scheduler.roster.running) <= config.max_sequences
         assert len({piece.key for piece in step.slices}) == len(step.slices)
         assert step.slices or not scheduler.busy, "nothing moves"
+        assert not set(step.preempted) & {piece.key for piece in step.slices}, "blocks go to and fro"
         check_pool(scheduler)
         return step
 

@@ -164,6 +164,26 @@ def test_nobody_starves_under_an_endless_stream(policy) -> None:
         assert e.given[r.key] == reference(r)[0], f"{r.id} starves"
 
 
+def test_prefill_first_lets_decodes_wait_for_so_many_steps() -> None:
+    e = engine(policy="prefill_first", max_overtakes=3)
+    e.add(request("a", 3, most=10))
+    for i in range(40):
+        e.add(request(str(i), 5, most=1))  # a prompt for every step
+        e.step()
+    assert len(e.given["a", 0]) == 10
+
+
+def test_newcomers_leave_room_for_those_who_run() -> None:
+    e = engine(blocks=32, size=1)
+    e.add(request("a", 8, most=20))
+    e.step()
+    e.add(request("b", 23, most=4))  # it would take all that is left but one block, which `a` takes
+    assert shape(e.step()) == [("a", 8, 1)]
+    e.add(request("c", 21, most=4))
+    assert shape(e.step()) == [("a", 9, 1), ("c", 0, 21)]
+    e.drain()
+
+
 def test_a_budget_below_the_decodes_serves_them_in_turn() -> None:
     e = engine(budget=lambda decodes, context: 2 if decodes else 8)
     for id in "abcd":

@@ -198,10 +198,27 @@ def test_blocks_of_rejected_guesses_are_free_after_the_commit() -> None:
 
 def test_guesses_take_no_block_from_another() -> None:
     e = engine(blocks=4, size=4, guess=4)
-    e.add(request("a", 7, most=2))
-    e.add(request("b", 7, most=2))
+    for id in "ab":
+        e.add(request(id, 7, most=3 if id == "b" else 9))
+    e.step()
+    step = e.step()
+    assert shape(step) == [("a", 7, 1), ("b", 7, 1)], "the guesses would need a third block"
+    assert step.preempted == ()
     e.drain()
-    assert e.scheduler.roster.preemptions == 0
+
+
+def test_the_preempted_come_before_the_younger() -> None:
+    e = engine()
+    for id in "abc":
+        e.add(request(id, 5))
+        if id != "c":
+            e.step()
+    for id in "ba":
+        r = e.scheduler.get((id, 0))
+        assert r
+        e.scheduler.roster.preempt(r)
+    assert [r.id for r in e.scheduler.roster.waiting] == ["a", "b", "c"]
+    e.drain()
 
 
 def test_a_cached_prompt_computes_its_last_token_only() -> None:
