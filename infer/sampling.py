@@ -4,7 +4,7 @@ Probabilities are held as whole numbers: `w = round(exp(score - max) * 2^34)`. S
 exact in float64 in whatever order they are added, so that neither the batch's size nor the way a device splits a sum
 can change a token. A token 2^35 times less likely than the likeliest has w = 0 and is never drawn.
 
-B requests of a step, R rows of them, V vocabulary, K candidates, likeliest first, N alternatives that are told.
+B requests of a step, R rows of them, V vocabulary, K candidates, N alternatives that are told.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from .penalties import History, Settings, ban_, bias_, mask_, penalise_, penalis
 _ONE = 2.0**34
 _MOST = 1 << 19  # tokens whose whole numbers surely sum to less than 2^53
 _COLDEST = 1e-6  # a lower temperature is greedy: it would magnify nothing but the rounding of logits
-_CANDIDATES = (128, 2048)  # how many are looked at before all are sorted
+_CANDIDATES = 128  # how many are looked at before all are sorted
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,8 @@ Pool = tuple[list[int], Tensor | None, Tensor]
 
 
 def pools(scores_BV: Tensor, batch: SamplingBatch) -> Iterator[Pool]:
-    """What each row may draw: rows, the ids of their candidates (None: of all tokens), and whole-number weights,
-    0 for those that are cut. Every row is in one pool, alone or with others."""
+    """What each row may draw: rows, the ids of their candidates, ascending (None: all tokens), and whole-number
+    weights, 0 for those that are cut. Every row is in one pool, alone or with others."""
     if batch.greedy:
         best_R1, ids_R1 = _rows(scores_BV, batch.greedy).max(dim=-1, keepdim=True)
         yield batch.greedy, ids_R1, torch.where(best_R1.isfinite(), _ONE, math.nan)
@@ -221,7 +222,7 @@ def _rows(x_BV: Tensor, rows: list[int]) -> Tensor:
 
 
 def _cut(scores_RV: Tensor, rows: list[int], batch: SamplingBatch) -> Iterator[Pool]:
-    """Pools of rows with top_k or top_p, from a few candidates where these surely hold all that stay."""
+    """Pools of rows with top_k or top_p: those of which a few candidates surely hold all that stay, and the rest."""
     device, size = scores_RV.device, scores_RV.shape[1]
     k_R1 = batch.column("top_k", rows, device)
     k_R1 = k_R1.where(k_R1 > 0, size).clamp(max=size)
@@ -231,29 +232,52 @@ def _cut(scores_RV: Tensor, rows: list[int], batch: SamplingBatch) -> Iterator[P
     if bool((open_R := k_R1[:, 0] == size).any()):
         w_RV = whole_numbers(scores_RV if bool(open_R.all()) else scores_RV[open_R])
         mass_R1[open_R] = w_RV.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    told = [row.settings.top_k for row in (batch.rows[i] for i in rows)]
+    limits_R4 = torch.cat([k_R1, p_R1, least_R1.double(), mass_R1], dim=1)
     left = list(range(len(rows)))
-    for width in (*_CANDIDATES, size):
-        if width < size and (8 * width > size or min(told[i] or 1 for i in left) >= width):
-            continue
-        at_R = torch.tensor(left, device=device)
-        best_RK, ids_RK = _first(_rows(scores_RV, left), width)
-        w_RK = (best_RK - best_RK[:, :1]).exp_().mul_(_ONE).round_()
-        within_RK = torch.arange(best_RK.shape[1], device=device) < k_R1[at_R]
-        sums_RK = (w_RK * within_RK).cumsum(dim=-1, dtype=torch.float64)
-        all_R1 = mass_R1[at_R].where(mass_R1[at_R] != 0, sums_RK[:, -1:])
-        keep_RK = within_RK & (sums_RK - w_RK < p_R1[at_R] * all_R1) & (w_RK >= least_R1[at_R])
+    if size > 4 * _CANDIDATES:
+        best_RK, ids_RK = _first(scores_RV, _CANDIDATES)
+        w_RK, keep_RK = _kept(best_RK, limits_R4)
         # Of tokens as likely as the last candidate others may lie outside: a row that keeps one is not decided.
         bound_R1 = best_RK.gather(1, (keep_RK.sum(dim=-1, keepdim=True) - 1).clamp_(min=0))
-        sure_R = (bound_R1 > best_RK[:, -1:])[:, 0] & (within_RK[:, -1:].logical_not() | (mass_R1[at_R] != 0))[:, 0]
-        done = list(range(len(left))) if width == size else sure_R.nonzero()[:, 0].tolist()
+        sure_R = ((bound_R1 > best_RK[:, -1:]) & ((k_R1 < _CANDIDATES) | (k_R1 == size)))[:, 0]
+        done = sure_R.nonzero()[:, 0].tolist()
         if done:
-            pick_R = torch.tensor(done, device=device)
-            w_RK = w_RK.where(keep_RK | w_RK.isnan(), 0.0)
-            yield [rows[left[i]] for i in done], ids_RK[pick_R], w_RK[pick_R]
-        left = [left[i] for i in sorted(set(range(len(left))) - set(done))]
-        if not left:
-            return
+            # By id, as all tokens are: the number drawn then leads to the same token whichever way it is looked up.
+            ids_RK, order_RK = ids_RK[sure_R].sort(dim=-1)
+            yield [rows[i] for i in done], ids_RK, w_RK.where(keep_RK, 0.0)[sure_R].gather(1, order_RK)
+        left = (~sure_R).nonzero()[:, 0].tolist()
+    if left:
+        yield [rows[i] for i in left], None, _bounded(_rows(scores_RV, left), _rows(limits_R4, left))
+
+
+def _kept(best_RK: Tensor, limits_R4: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the likeliest tokens, likeliest first, and which of them stay: always the first few."""
+    k_R1, p_R1, least_R1, mass_R1 = limits_R4.split(1, dim=1)
+    w_RK = (best_RK - best_RK[:, :1]).exp_().mul_(_ONE).round_()
+    within_RK = torch.arange(best_RK.shape[1], device=best_RK.device) < k_R1
+    sums_RK = (w_RK * within_RK).cumsum(dim=-1, dtype=torch.float64)
+    mass_R1 = mass_R1.where(mass_R1 != 0, sums_RK[:, -1:])
+    return w_RK, within_RK & (sums_RK - w_RK < p_R1 * mass_R1) & (w_RK >= least_R1)
+
+
+def _bounded(scores_RV: Tensor, limits_R4: Tensor) -> Tensor:
+    """Weights of all tokens, 0 for those below the score of the last one that stays.
+
+    Only the scores are sorted, without their ids: numpy does that with vector instructions, 40 times as fast as
+    torch sorts both (0.3 ms for 152 k on one core).
+    """
+    if scores_RV.device.type == "cpu":
+        best_RV = torch.from_numpy(np.sort(scores_RV.detach().numpy(), axis=-1)).flip(1)
+    else:
+        best_RV = scores_RV.sort(dim=-1, descending=True).values
+    count_R1 = _kept(best_RV, limits_R4)[1].sum(dim=-1, keepdim=True)
+    bound_R1 = best_RV.gather(1, (count_R1 - 1).clamp_(min=0))
+    keep_RV, equal_RV = scores_RV >= bound_R1, scores_RV == bound_R1
+    spare_R1 = keep_RV.sum(dim=-1, keepdim=True) - count_R1
+    if bool((spare_R1 > 0).any()):  # equals of the last one: the lowest ids stay
+        keep_RV &= ~equal_RV | (equal_RV.cumsum(dim=-1) <= equal_RV.sum(dim=-1, keepdim=True) - spare_R1)
+    w_RV = whole_numbers(scores_RV)
+    return w_RV.where(keep_RV | w_RV.isnan(), 0.0)
 
 
 def _first(scores_RV: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -320,3 +320,16 @@ def test_uniform_needs_no_batch() -> None:
     seeds, places = torch.tensor([1, 2, -(2**63)]), torch.tensor([0, 5, 2**40])
     whole = uniform(seeds, places, SAMPLE)
     assert whole.tolist() == [float(uniform(s[None], p[None], SAMPLE)) for s, p in zip(seeds, places, strict=True)]
+
+
+def test_one_number_leads_to_one_token_whichever_way_it_is_found() -> None:
+    size, count = 700, 60
+    logits_BV = torch.randn(count, size, generator=torch.Generator().manual_seed(5)).bfloat16().float()
+    few_BV = logits_BV.clone()
+    few_BV[:, torch.arange(size) % 7 != 0] = -math.inf  # 100 are left: fewer than the candidates that are looked at
+    for asked, scores_BV in ((Asked(top_k=size), logits_BV), (Asked(top_k=100), few_BV), (Asked(top_k=300), few_BV)):
+        one, two = (
+            sample_batch(scores_BV, SamplingBatch([Row(settings, seed) for seed in range(count)])).ids_B
+            for settings in (asked, Asked())
+        )
+        assert torch.equal(one, two)
