@@ -1,9 +1,5 @@
 """The next token of many requests at once, each with its own settings; a row's result never depends on its batch.
 
-Probabilities are held as whole numbers: `w = round(exp(score - max) * 2^34)`. Sums of whole numbers below 2^53 are
-exact in float64 in whatever order they are added, so that neither the batch's size nor the way a device splits a sum
-can change a token. A token 2^35 times less likely than the likeliest has w = 0 and is never drawn.
-
 B requests of a step, R rows of them, V vocabulary, K candidates, N alternatives that are told.
 """
 
@@ -13,17 +9,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .counter import SAMPLE, uniform
 from .penalties import History, Settings, ban_, bias_, mask_, penalise_, penalised
+from .truncate import MOST, ONE, cut, largest, whole_numbers
 
-_ONE = 2.0**34
-_MOST = 1 << 19  # tokens whose whole numbers surely sum to less than 2^53
 _COLDEST = 1e-6  # a lower temperature is greedy: it would magnify nothing but the rounding of logits
-_CANDIDATES = 128  # how many are looked at before all are sorted
+_AT_ONCE = 1 << 20  # scores that a CPU's caches hold: more at once are slower
 
 
 @dataclass(frozen=True)
@@ -132,8 +126,8 @@ def sample_batch(logits_BV: Tensor, batch: SamplingBatch) -> Sampled:
         ValueError: rows and logits do not fit, or the vocabulary has more than 2^19 tokens.
     """
     size, device = len(batch.rows), logits_BV.device
-    if logits_BV.dim() != 2 or len(logits_BV) != size or not 0 < logits_BV.shape[1] <= _MOST:
-        raise ValueError(f"logits of shape {list(logits_BV.shape)} do not fit {size} rows of 1 to {_MOST} tokens")
+    if logits_BV.dim() != 2 or len(logits_BV) != size or not 0 < logits_BV.shape[1] <= MOST:
+        raise ValueError(f"logits of shape {list(logits_BV.shape)} do not fit {size} rows of 1 to {MOST} tokens")
     scores_BV = batch.scores(logits_BV)
     if len(batch.greedy) == size:
         ids_B = scores_BV.argmax(dim=-1)
@@ -163,20 +157,12 @@ def _told(logits_BV: Tensor, ids_B: Tensor, drawn_B: Tensor, batch: SamplingBatc
         rows_R = torch.tensor(list(asked), device=device)
         raw_RV = logits_BV.float() if len(asked) == size else logits_BV[rows_R].float()
         sum_R1 = whole_numbers(raw_RV).sum(dim=-1, keepdim=True, dtype=torch.float64)
-        log_sum_R1 = raw_RV.amax(dim=-1, keepdim=True) + (sum_R1 / _ONE).log().float()
+        log_sum_R1 = raw_RV.amax(dim=-1, keepdim=True) + (sum_R1 / ONE).log().float()
         logprobs_B[rows_R] = (raw_RV.gather(1, ids_B[rows_R, None]) - log_sum_R1)[:, 0]
         if most:
             best_RN, top_ids_BN[rows_R] = largest(raw_RV, most)
             top_logprobs_BN[rows_R] = best_RN - log_sum_R1
     return logprobs_B, drawn_B, top_ids_BN, top_logprobs_BN
-
-
-def whole_numbers(scores_BV: Tensor) -> Tensor:
-    """exp(score - max) in units of 2^-34, whole numbers as float32; NaN in a row without a finite maximum.
-
-    exp of one number at a time, and not a softmax, whose sum goes another way for another shape.
-    """
-    return (scores_BV - scores_BV.amax(dim=-1, keepdim=True)).exp_().mul_(_ONE).round_()
 
 
 def draw(w_RK: Tensor, u_R1: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,106 +185,32 @@ def pools(scores_BV: Tensor, batch: SamplingBatch) -> Iterator[Pool]:
     weights, 0 for those that are cut. Every row is in one pool, alone or with others."""
     if batch.greedy:
         best_R1, ids_R1 = _rows(scores_BV, batch.greedy).max(dim=-1, keepdim=True)
-        yield batch.greedy, ids_R1, torch.where(best_R1.isfinite(), _ONE, math.nan)
+        yield batch.greedy, ids_R1, torch.where(best_R1.isfinite(), ONE, math.nan)
+    step = max(1, _AT_ONCE // scores_BV.shape[1]) if scores_BV.device.type == "cpu" else len(scores_BV)
     for rows in (batch.whole, batch.cut):
-        if not rows:
-            continue
-        warm_R1 = batch.column("temperature", rows, scores_BV.device).float()
-        scores_RV = _rows(scores_BV, rows)
-        if not bool((warm_R1 == 1).all()):
-            scores_RV = scores_RV / warm_R1
-        if rows is batch.cut:
-            yield from _cut(scores_RV, rows, batch)
-        else:
-            w_RV = whole_numbers(scores_RV)
-            least_R1 = _ONE * batch.column("min_p", rows, scores_BV.device).float()
-            if bool((least_R1 > 0).any()):
-                w_RV = w_RV.where((w_RV >= least_R1) | w_RV.isnan(), 0.0)
-            yield rows, None, w_RV
+        for first in range(0, len(rows), step):
+            yield from _part(scores_BV, rows[first : first + step], rows is batch.cut, batch)
+
+
+def _part(scores_BV: Tensor, rows: list[int], truncated: bool, batch: SamplingBatch) -> Iterator[Pool]:
+    warm_R1 = batch.column("temperature", rows, scores_BV.device).float()
+    scores_RV = _rows(scores_BV, rows)
+    if not bool((warm_R1 == 1).all()):
+        scores_RV = scores_RV / warm_R1
+    if truncated:
+        limits = [batch.column(name, rows, scores_BV.device) for name in ("top_k", "top_p", "min_p")]
+        for places, ids_RK, w_RK in cut(scores_RV, torch.cat(limits, dim=1)):
+            yield [rows[i] for i in places], ids_RK, w_RK
+        return
+    w_RV = whole_numbers(scores_RV)
+    least_R1 = ONE * batch.column("min_p", rows, scores_BV.device).float()
+    if bool((least_R1 > 0).any()):
+        w_RV = w_RV.where((w_RV >= least_R1) | w_RV.isnan(), 0.0)
+    yield rows, None, w_RV
 
 
 def _rows(x_BV: Tensor, rows: list[int]) -> Tensor:
     return x_BV if len(rows) == len(x_BV) else x_BV[torch.tensor(rows, device=x_BV.device)]
-
-
-def _cut(scores_RV: Tensor, rows: list[int], batch: SamplingBatch) -> Iterator[Pool]:
-    """Pools of rows with top_k or top_p: those of which a few candidates surely hold all that stay, and the rest."""
-    device, size = scores_RV.device, scores_RV.shape[1]
-    k_R1 = batch.column("top_k", rows, device)
-    k_R1 = k_R1.where(k_R1 > 0, size).clamp(max=size)
-    p_R1, least_R1 = batch.column("top_p", rows, device), _ONE * batch.column("min_p", rows, device).float()
-    # The mass of which top_p is a part is that of all tokens, or else of the first top_k.
-    mass_R1 = torch.zeros_like(p_R1)
-    if bool((open_R := k_R1[:, 0] == size).any()):
-        w_RV = whole_numbers(scores_RV if bool(open_R.all()) else scores_RV[open_R])
-        mass_R1[open_R] = w_RV.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    limits_R4 = torch.cat([k_R1, p_R1, least_R1.double(), mass_R1], dim=1)
-    left = list(range(len(rows)))
-    if size > 4 * _CANDIDATES:
-        best_RK, ids_RK = _first(scores_RV, _CANDIDATES)
-        w_RK, keep_RK = _kept(best_RK, limits_R4)
-        # Of tokens as likely as the last candidate others may lie outside: a row that keeps one is not decided.
-        bound_R1 = best_RK.gather(1, (keep_RK.sum(dim=-1, keepdim=True) - 1).clamp_(min=0))
-        sure_R = ((bound_R1 > best_RK[:, -1:]) & ((k_R1 < _CANDIDATES) | (k_R1 == size)))[:, 0]
-        done = sure_R.nonzero()[:, 0].tolist()
-        if done:
-            # By id, as all tokens are: the number drawn then leads to the same token whichever way it is looked up.
-            ids_RK, order_RK = ids_RK[sure_R].sort(dim=-1)
-            yield [rows[i] for i in done], ids_RK, w_RK.where(keep_RK, 0.0)[sure_R].gather(1, order_RK)
-        left = (~sure_R).nonzero()[:, 0].tolist()
-    if left:
-        yield [rows[i] for i in left], None, _bounded(_rows(scores_RV, left), _rows(limits_R4, left))
-
-
-def _kept(best_RK: Tensor, limits_R4: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of the likeliest tokens, likeliest first, and which of them stay: always the first few."""
-    k_R1, p_R1, least_R1, mass_R1 = limits_R4.split(1, dim=1)
-    w_RK = (best_RK - best_RK[:, :1]).exp_().mul_(_ONE).round_()
-    within_RK = torch.arange(best_RK.shape[1], device=best_RK.device) < k_R1
-    sums_RK = (w_RK * within_RK).cumsum(dim=-1, dtype=torch.float64)
-    mass_R1 = mass_R1.where(mass_R1 != 0, sums_RK[:, -1:])
-    return w_RK, within_RK & (sums_RK - w_RK < p_R1 * mass_R1) & (w_RK >= least_R1)
-
-
-def _bounded(scores_RV: Tensor, limits_R4: Tensor) -> Tensor:
-    """Weights of all tokens, 0 for those below the score of the last one that stays.
-
-    Only the scores are sorted, without their ids: numpy does that with vector instructions, 40 times as fast as
-    torch sorts both (0.3 ms for 152 k on one core).
-    """
-    if scores_RV.device.type == "cpu":
-        best_RV = torch.from_numpy(np.sort(scores_RV.detach().numpy(), axis=-1)).flip(1)
-    else:
-        best_RV = scores_RV.sort(dim=-1, descending=True).values
-    count_R1 = _kept(best_RV, limits_R4)[1].sum(dim=-1, keepdim=True)
-    bound_R1 = best_RV.gather(1, (count_R1 - 1).clamp_(min=0))
-    keep_RV, equal_RV = scores_RV >= bound_R1, scores_RV == bound_R1
-    spare_R1 = keep_RV.sum(dim=-1, keepdim=True) - count_R1
-    if bool((spare_R1 > 0).any()):  # equals of the last one: the lowest ids stay
-        keep_RV &= ~equal_RV | (equal_RV.cumsum(dim=-1) <= equal_RV.sum(dim=-1, keepdim=True) - spare_R1)
-    w_RV = whole_numbers(scores_RV)
-    return w_RV.where(keep_RV | w_RV.isnan(), 0.0)
-
-
-def _first(scores_RV: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` largest, largest first, of equals the lowest id first; but which of those that equal the last
-    one are among them is left open, unless all are asked for."""
-    if width >= scores_RV.shape[1]:
-        return scores_RV.sort(dim=-1, descending=True, stable=True)
-    best_RK, ids_RK = scores_RV.topk(width, dim=-1)
-    ids_RK, order_RK = ids_RK.sort(dim=-1)
-    best_RK, order_RK = best_RK.gather(1, order_RK).sort(dim=-1, descending=True, stable=True)
-    return best_RK, ids_RK.gather(1, order_RK)
-
-
-def largest(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest and their ids, largest first, of equals the lowest ids."""
-    best_RK, ids_RK = _first(scores_RV, min(2 * count + 8, scores_RV.shape[1]))
-    open_R = best_RK[:, count - 1] == best_RK[:, -1]
-    if best_RK.shape[1] < scores_RV.shape[1] and bool(open_R.any()):
-        some_RV, more_RV = _first(scores_RV[open_R], scores_RV.shape[1])
-        best_RK[open_R], ids_RK[open_R] = some_RV[:, : best_RK.shape[1]], more_RV[:, : ids_RK.shape[1]]
-    return best_RK[:, :count], ids_RK[:, :count]
 
 
 def distribution(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
@@ -321,10 +233,10 @@ def reference(logits_V: Tensor, row: Row) -> Tensor:
     if is_greedy(asked):
         return torch.nn.functional.one_hot(scores_V.argmax(), len(scores_V)).double()
     scores_V, ids_V = (scores_V / torch.tensor(asked.temperature)).sort(descending=True, stable=True)
-    w_V = ((scores_V - scores_V[0]).exp() * _ONE).round().double()
+    w_V = ((scores_V - scores_V[0]).exp() * ONE).round().double()
     if asked.top_k:
         w_V[asked.top_k :] = 0
     before_V = w_V.cumsum(0) - w_V
     w_V[before_V >= asked.top_p * w_V.sum()] = 0
-    w_V[w_V < _ONE * torch.tensor(asked.min_p)] = 0
+    w_V[w_V < ONE * torch.tensor(asked.min_p)] = 0
     return torch.zeros_like(w_V).scatter(0, ids_V, w_V / w_V.sum())

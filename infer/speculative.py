@@ -14,8 +14,7 @@ from torch import Tensor
 
 from .counter import ACCEPT, DRAFT, SAMPLE
 from .sampling import Row, Sampled, SamplingBatch, distribution, draw, sample_batch
-
-_ONE = 2.0**34
+from .truncate import ONE
 
 
 def rows_for(row: Row, drafts: Sequence[int]) -> list[Row]:
@@ -76,9 +75,9 @@ def _leviathan(
     q_DV = draft_probs_DV.double()
     # u < p / q, without the division: a draft of q = 0 can only be accepted where p > 0.
     accepted_D = (u_R1[at_D] * q_DV.gather(1, ids_D1) < p_RV[at_D].gather(1, ids_D1))[:, 0].tolist()
-    w_RV = (p_RV * _ONE).round_()
+    w_RV = (p_RV * ONE).round_()
     instead_RV = w_RV.clone()
-    instead_RV[at_D] = (w_RV[at_D] - (q_DV * _ONE).round_()).clamp_(min=0)
+    instead_RV[at_D] = (w_RV[at_D] - (q_DV * ONE).round_()).clamp_(min=0)
     # Nothing is left where p and q differ by rounding alone.
     instead_RV = instead_RV.where(instead_RV.sum(dim=-1, keepdim=True) > 0, w_RV)
     ids_R, drawn_R = draw(instead_RV, batch.uniform(every, SAMPLE, device))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from coterie.infer.counter import ACCEPT, DRAFT, SAMPLE, seed_of_choice, splitmix, uniform
 from coterie.infer.penalties import History, check_settings
-from coterie.infer.sampling import Row, SamplingBatch, distribution, largest, reference, sample_batch
+from coterie.infer.sampling import Row, SamplingBatch, distribution, reference, sample_batch
+from coterie.infer.truncate import largest
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def steps(draw: st.DrawFn) -> tuple[torch.Tensor, list[Row]]:
     return (logits_BV.bfloat16() if draw(st.booleans()) else logits_BV), told
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(steps(), st.randoms(use_true_random=False))
 def test_a_row_is_the_same_in_any_batch(step: tuple[torch.Tensor, list[Row]], shuffle) -> None:
     logits_BV, told = step
@@ -90,7 +91,7 @@ def test_a_row_is_the_same_in_any_batch(step: tuple[torch.Tensor, list[Row]], sh
         assert torch.equal(whole.top_logprobs_BN[place, :asked], alone.top_logprobs_BN[0, :asked])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(steps())
 def test_the_distribution_is_the_references(step: tuple[torch.Tensor, list[Row]]) -> None:
     logits_BV, told = step
@@ -105,7 +106,10 @@ def test_the_distribution_is_the_references(step: tuple[torch.Tensor, list[Row]]
 
 @pytest.mark.parametrize("size", [32_000, 50_257])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_large_vocabularies_do_not_split_a_row_otherwise(size: int, threads: int) -> None:
+def test_large_vocabularies_do_not_split_a_row_otherwise(
+    size: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coterie.infer.sampling._AT_ONCE", 2 * size)
     logits_BV = torch.randn(9, size, generator=torch.Generator().manual_seed(size)) * 4
     told = [Row(Asked(logprobs=2, top_p=[1.0, 0.9, 0.999][i % 3], min_p=0.01 * (i % 2)), i, 3) for i in range(9)]
     before = torch.get_num_threads()
