@@ -17,7 +17,7 @@ from .penalties import History, Settings, ban_, bias_, mask_, penalise_, penalis
 from .truncate import MOST, ONE, cut, largest, whole_numbers
 
 _COLDEST = 1e-6  # a lower temperature is greedy: it would magnify nothing but the rounding of logits
-_AT_ONCE = 1 << 20  # scores that a CPU's caches hold: more at once are slower
+_AT_ONCE = 1 << 18  # scores: more at once are slower on a CPU, which must then map new memory for each step
 
 
 @dataclass(frozen=True)
