@@ -30,7 +30,7 @@ class Placed(SamplingBatch):
 
 @pytest.mark.parametrize("asked", [Asked(), Asked(0.7, 3), Asked(top_p=0.7), Asked(0)], ids=str)
 def test_the_rule_gives_the_targets_distribution_exactly(asked: Asked) -> None:
-    grid = 200  # all pairs of random numbers on a grid, for each draft: an integral, not a sample
+    grid = 80  # all pairs of random numbers on a grid, for each draft: an integral, not a sample
     p_V, q_V = reference(TARGET_VV[0], Row(asked)), DRAFT_VV[0].double().softmax(0)
     marks = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
     count = grid * grid
