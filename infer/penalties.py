@@ -1,0 +1,169 @@
+"""What changes logits before a token is drawn: penalties, bias, bans and grammar masks.
+
+B requests, V vocabulary, N pairs of a request and a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Settings(Protocol):
+    """What a request asks of the sampler; `check_settings` says which values mean something."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def presence_penalty(self) -> float: ...
+    @property
+    def frequency_penalty(self) -> float: ...
+    @property
+    def logit_bias(self) -> dict[int, float] | None: ...
+    @property
+    def logprobs(self) -> int | None: ...
+
+
+def check_settings(asked: Settings, vocab_size: int) -> None:
+    """Raises ValueError for a setting that means nothing, to be called before a request is queued."""
+    ranges = (
+        ("temperature", 0.0, math.inf, "0 (greedy) or more"),
+        ("min_p", 0.0, 1.0, "from 0 to 1"),
+        ("presence_penalty", -math.inf, math.inf, "a finite number"),
+        ("frequency_penalty", -math.inf, math.inf, "a finite number"),
+    )
+    for name, low, high, wanted in ranges:
+        value = getattr(asked, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ValueError(f"{name} {value} must be {wanted}")
+    if not 0 < asked.top_p <= 1:
+        raise ValueError(f"top_p {asked.top_p} must lie in (0, 1]")
+    if asked.top_k < 0:
+        raise ValueError(f"top_k {asked.top_k} must be 0 (all tokens) or more")
+    if not 0 < asked.repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty {asked.repetition_penalty} must be more than 0")
+    for token, bias in (asked.logit_bias or {}).items():
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"logit_bias names token {token}, outside the vocabulary of {vocab_size}")
+        if not math.isfinite(bias):
+            raise ValueError(f"logit_bias {bias} of token {token} must be a finite number")
+    if asked.logprobs is not None and not 0 <= asked.logprobs <= vocab_size:
+        raise ValueError(f"logprobs {asked.logprobs} must be from 0 to the vocabulary's {vocab_size}")
+
+
+class History:
+    """The distinct tokens of one request and how often it generated each; grows by one token a step.
+
+    Memory follows the tokens, not the vocabulary; a preempted request keeps it.
+    """
+
+    def __init__(self, prompt: Iterable[int], generated: Iterable[int] = ()) -> None:
+        self._place = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
+        self._size = len(self._place)
+        room = max(64, 2 * self._size)
+        self._ids_N = torch.zeros(room, dtype=torch.int64)
+        self._ids_N[: self._size] = torch.tensor(list(self._place), dtype=torch.int64)
+        self._counts_N = torch.zeros(room)
+        for token in generated:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """Counts a generated token."""
+        place = self._place.setdefault(token, self._size)
+        if place == self._size:
+            if place == len(self._ids_N):
+                self._ids_N = torch.cat([self._ids_N, torch.zeros_like(self._ids_N)])
+                self._counts_N = torch.cat([self._counts_N, torch.zeros_like(self._counts_N)])
+            self._ids_N[place] = token
+            self._size += 1
+        self._counts_N[place] += 1
+
+    def pairs(self, drafts: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Ids, int64, and how often each was generated, float32, as if `drafts` had been generated too."""
+        ids_N, counts_N = self._ids_N[: self._size], self._counts_N[: self._size]
+        if not drafts:
+            return ids_N, counts_N
+        new = [token for token in dict.fromkeys(drafts) if token not in self._place]
+        where = self._place | {token: self._size + i for i, token in enumerate(new)}
+        counts_N = torch.cat([counts_N, torch.zeros(len(new))])
+        for token in drafts:
+            counts_N[where[token]] += 1
+        return torch.cat([ids_N, torch.tensor(new, dtype=torch.int64)]), counts_N
+
+
+def penalised(asked: Settings) -> bool:
+    """Whether these settings need a History."""
+    return asked.repetition_penalty != 1 or asked.presence_penalty != 0 or asked.frequency_penalty != 0
+
+
+def penalise_(scores_BV: Tensor, rows: Sequence[tuple[int, Settings, History, Sequence[int]]]) -> None:
+    """Lowers in place the scores of tokens that were there before.
+
+    The repetition penalty (Keskar et al., arXiv 1909.05858, section 4.1; for negative logits as Hugging Face does)
+    regards the prompt and the text; presence and frequency, as OpenAI defines them, only the generated text.
+
+    Args:
+        scores_BV: float32.
+        rows: row of the scores, its settings, its history, and draft tokens to be counted as generated.
+    """
+    if not rows:
+        return
+    pairs = [history.pairs(drafts) for _, _, history, drafts in rows]
+    sizes = torch.tensor([len(ids_N) for ids_N, _ in pairs])
+    told = [(float(r), a.repetition_penalty, a.presence_penalty, a.frequency_penalty) for r, a, _, _ in rows]
+    told_N4 = torch.tensor(told).repeat_interleave(sizes, dim=0).to(scores_BV.device)
+    row_N = torch.tensor([row for row, *_ in rows]).repeat_interleave(sizes).to(scores_BV.device)
+    ids_N = torch.cat([one for one, _ in pairs]).to(scores_BV.device)
+    counts_N = torch.cat([one for _, one in pairs]).to(scores_BV.device)
+    _, repetition_N, presence_N, frequency_N = told_N4.unbind(1)
+    old_N = scores_BV[row_N, ids_N]
+    new_N = torch.where(old_N < 0, old_N * repetition_N, old_N / repetition_N)
+    scores_BV[row_N, ids_N] = new_N - presence_N * (counts_N > 0) - frequency_N * counts_N
+
+
+def bias_(scores_BV: Tensor, rows: Sequence[tuple[int, dict[int, float]]]) -> None:
+    """Adds in place to the scores of tokens by id."""
+    told = [(row, token, bias) for row, biases in rows for token, bias in biases.items()]
+    if told:
+        row_N, ids_N = torch.tensor([one[:2] for one in told], device=scores_BV.device).unbind(1)
+        scores_BV[row_N, ids_N] += torch.tensor([one[2] for one in told], device=scores_BV.device)
+
+
+def ban_(scores_BV: Tensor, rows: Sequence[tuple[int, Sequence[int]]]) -> None:
+    """Sets in place the scores of tokens to -inf."""
+    told = [(row, token) for row, tokens in rows for token in tokens]
+    if told:
+        row_N, ids_N = torch.tensor(told, device=scores_BV.device).unbind(1)
+        scores_BV[row_N, ids_N] = -math.inf
+
+
+def mask_(scores_BV: Tensor, rows: Sequence[tuple[int, Tensor]]) -> None:
+    """Sets in place to -inf what a mask does not allow.
+
+    Args:
+        scores_BV: float32.
+        rows: row, and bool (V,), true where allowed, or int32 (ceil(V / 32),), a bit a token, lowest bit first,
+            as xgrammar and llguidance write. Tokens past the mask's end are not allowed.
+    """
+    size = scores_BV.shape[1]
+    for row, mask in rows:
+        allowed_V = (mask if mask.dtype == torch.bool else _bits(mask)).to(scores_BV.device)[:size]
+        scores_BV[row, : len(allowed_V)].masked_fill_(~allowed_V, -math.inf)
+        scores_BV[row, len(allowed_V) :] = -math.inf
+
+
+def _bits(mask: Tensor) -> Tensor:
+    shifts = torch.arange(32, dtype=mask.dtype, device=mask.device)
+    return (mask[:, None] >> shifts & 1).bool().flatten()
