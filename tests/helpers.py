@@ -20,3 +20,24 @@ def assert_close_rms(actual: Tensor, expected: Tensor, ratio: float = 1e-5, name
     assert torch.isfinite(actual).all(), f"{name} has values that are not finite"
     got = rms_ratio(actual, expected)
     assert got <= ratio, f"{name}: RMS ratio {got:.3e} is over {ratio:.1e}"
+
+
+class Held:
+    """A `models.parts.Source` in memory."""
+
+    source = "held"
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        return self.tensors[name][box] if box else self.tensors[name]

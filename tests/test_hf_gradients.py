@@ -4,35 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close_rms
+from helpers import Held, assert_close_rms
 from hf_models import saved, tokens_for
-from torch import Tensor
 
-from coterie.models.hf import FAMILIES, outward
+from coterie.models.hf import FAMILIES
+from coterie.models.parts import Outward
 from coterie.models.weights import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Gradients:
-    """A model's gradients under the names of its parameters."""
-
-    source = "gradients"
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.of = {name: parameter.grad for name, parameter in model.named_parameters()}
-
-    def names(self) -> list[str]:
-        return list(self.of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.of[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.of[name].dtype
-
-    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
-        return self.of[name][box] if box else self.of[name]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -61,7 +40,7 @@ def test_loss_and_gradients(tmp_path: Path, family: str, seed: int) -> None:
 
     # Theirs are stacked: ours are put into the same places by the table that stacks.
     table = FAMILIES[family].table(ours.config, True)
-    back = type(outward(FAMILIES[family], ours.config, Gradients(ours)))(Gradients(ours), table)
+    back = Outward(Held({name: p.grad for name, p in ours.named_parameters()}), table)
     parameters = dict(theirs.named_parameters())
     assert set(back.names()) == set(parameters)
     for name, parameter in parameters.items():

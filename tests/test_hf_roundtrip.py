@@ -6,43 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close_rms
+from helpers import Held, assert_close_rms
 from hf_models import CASES, FAMILIES, opened, saved, tokens_for
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT
 from coterie.models.hf import FAMILIES as TABLE
 from coterie.models.hf import config_of, inward, outward, same_function, shapes_of, upstream
-from coterie.models.parts import Box
 from coterie.models.presets import PRESETS
 from coterie.models.stored import StoredTensors
 from coterie.models.weights import load_model, open_model
 from coterie.moe.config import GateConfig, MoEConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Held:
-    """A model's own tensors, as an export reads them."""
-
-    source = "held"
-
-    def __init__(self, model: GPT) -> None:
-        self.tensors = model.state_dict()
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, box: Box) -> Tensor:
-        return self.tensors[name][box] if box else self.tensors[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,7 +29,7 @@ def test_the_same_file_comes_back(tmp_path: Path, family: str, seed: int, dtype:
     file = load_file(tmp_path / "model.safetensors")
     config, stored = open_model(tmp_path)
     assert set(stored.names()) == set(shapes_of(config))
-    for ours in (stored, Held(load_model(tmp_path))):
+    for ours in (stored, Held(load_model(tmp_path).state_dict())):
         back = outward(TABLE[family], config, ours)
         assert sorted(back.names()) == sorted(file)
         for name, tensor in file.items():
@@ -91,7 +68,7 @@ def test_a_model_of_our_own_leaves(tmp_path: Path, family: str) -> None:
     config = config_of(json.loads((tmp_path / "config.json").read_text()))
     model = GPT(config).eval()
     model.init_weights(7)
-    back = outward(TABLE[family], config, Held(model))
+    back = outward(TABLE[family], config, Held(model.state_dict()))
     save_file({name: back.read(name, ()).contiguous() for name in back.names()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(TABLE[family].write(config)))
     theirs = opened(tmp_path)

@@ -4,33 +4,12 @@ import itertools
 
 import pytest
 import torch
+from helpers import Held
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.models.parts import Box, Inward, Outward, Part, pieces
-
-
-class Held:
-    """A source in memory."""
-
-    source = "held"
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, box: Box) -> Tensor:
-        return self.tensors[name][box] if box else self.tensors[name]
-
+from coterie.models.parts import Inward, Outward, Part, pieces
 
 H, D, F, E = 3, 5, 4, 2
 SHAPES = {

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close_rms, rms_ratio
+from helpers import Held, assert_close_rms, rms_ratio
 from runs import build
-from test_parts import Held
 
 from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT
