@@ -7,60 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class Settings(Protocol):
-    """What a request asks of the sampler; `check_settings` says which values mean something."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def min_p(self) -> float: ...
-    @property
-    def repetition_penalty(self) -> float: ...
-    @property
-    def presence_penalty(self) -> float: ...
-    @property
-    def frequency_penalty(self) -> float: ...
-    @property
-    def logit_bias(self) -> dict[int, float] | None: ...
-    @property
-    def logprobs(self) -> int | None: ...
-
-
-def check_settings(asked: Settings, vocab_size: int) -> None:
-    """Raises ValueError for a setting that means nothing, to be called before a request is queued."""
-    ranges = (
-        ("temperature", 0.0, math.inf, "0 (greedy) or more"),
-        ("min_p", 0.0, 1.0, "from 0 to 1"),
-        ("presence_penalty", -math.inf, math.inf, "a finite number"),
-        ("frequency_penalty", -math.inf, math.inf, "a finite number"),
-    )
-    for name, low, high, wanted in ranges:
-        value = getattr(asked, name)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise ValueError(f"{name} {value} must be {wanted}")
-    if not 0 < asked.top_p <= 1:
-        raise ValueError(f"top_p {asked.top_p} must lie in (0, 1]")
-    if asked.top_k < 0:
-        raise ValueError(f"top_k {asked.top_k} must be 0 (all tokens) or more")
-    if not 0 < asked.repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty {asked.repetition_penalty} must be more than 0")
-    for token, bias in (asked.logit_bias or {}).items():
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"logit_bias names token {token}, outside the vocabulary of {vocab_size}")
-        if not math.isfinite(bias):
-            raise ValueError(f"logit_bias {bias} of token {token} must be a finite number")
-    if asked.logprobs is not None and not 0 <= asked.logprobs <= vocab_size:
-        raise ValueError(f"logprobs {asked.logprobs} must be from 0 to the vocabulary's {vocab_size}")
+from .request import SamplingParams
 
 
 class History:
@@ -103,12 +54,12 @@ class History:
         return torch.cat([ids_N, torch.tensor(new, dtype=torch.int64)]), counts_N
 
 
-def penalised(asked: Settings) -> bool:
+def penalised(asked: SamplingParams) -> bool:
     """Whether these settings need a History."""
     return asked.repetition_penalty != 1 or asked.presence_penalty != 0 or asked.frequency_penalty != 0
 
 
-def penalise_(scores_BV: Tensor, rows: Sequence[tuple[int, Settings, History, Sequence[int]]]) -> None:
+def penalise_(scores_BV: Tensor, rows: Sequence[tuple[int, SamplingParams, History, Sequence[int]]]) -> None:
     """Lowers in place the scores of tokens that were there before.
 
     The repetition penalty (Keskar et al., arXiv 1909.05858, section 4.1; for negative logits as Hugging Face does)
@@ -133,9 +84,9 @@ def penalise_(scores_BV: Tensor, rows: Sequence[tuple[int, Settings, History, Se
     scores_BV[row_N, ids_N] = new_N - presence_N * (counts_N > 0) - frequency_N * counts_N
 
 
-def bias_(scores_BV: Tensor, rows: Sequence[tuple[int, dict[int, float]]]) -> None:
+def bias_(scores_BV: Tensor, rows: Sequence[tuple[int, Sequence[tuple[int, float]]]]) -> None:
     """Adds in place to the scores of tokens by id."""
-    told = [(row, token, bias) for row, biases in rows for token, bias in biases.items()]
+    told = [(row, token, bias) for row, biases in rows for token, bias in biases]
     if told:
         row_N, ids_N = torch.tensor([one[:2] for one in told], device=scores_BV.device).unbind(1)
         scores_BV[row_N, ids_N] += torch.tensor([one[2] for one in told], device=scores_BV.device)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .counter import SAMPLE, uniform
-from .penalties import History, Settings, ban_, bias_, mask_, penalise_, penalised
+from .penalties import History, ban_, bias_, mask_, penalise_, penalised
+from .request import SamplingParams
 from .truncate import MOST, ONE, cut, largest, whole_numbers
 
 _COLDEST = 1e-6  # a lower temperature is greedy: it would magnify nothing but the rounding of logits
@@ -25,7 +26,7 @@ class Row:
     """One request's part in a step.
 
     Attributes:
-        settings: see `check_settings`; logprobs None: none are told.
+        settings: checked against the vocabulary already (`SamplingParams.check_vocabulary`).
         seed: any int of 64 bits.
         position: tokens it has generated before this one; with the seed this decides the random number.
         history: needed where a penalty is asked for.
@@ -34,7 +35,7 @@ class Row:
         mask: of a grammar; see `mask_`.
     """
 
-    settings: Settings
+    settings: SamplingParams
     seed: int = 0
     position: int = 0
     history: History | None = None
@@ -65,7 +66,7 @@ class Sampled:
     top_logprobs_BN: Tensor
 
 
-def is_greedy(asked: Settings) -> bool:
+def is_greedy(asked: SamplingParams) -> bool:
     """Whether these settings leave nothing to chance."""
     return asked.temperature < _COLDEST or asked.top_k == 1
 

@@ -1,7 +1,7 @@
 """Sampling of a batch: each row as if it were alone, and as the plain reference says."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,23 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.infer.counter import ACCEPT, DRAFT, SAMPLE, seed_of_choice, splitmix, uniform
-from coterie.infer.penalties import History, check_settings
+from coterie.infer.penalties import History
+from coterie.infer.request import SamplingParams as Asked
 from coterie.infer.sampling import Row, SamplingBatch, distribution, reference, sample_batch
 from coterie.infer.truncate import largest
-
-
-@dataclass(frozen=True)
-class Asked:
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    logprobs: int | None = None
-
 
 ASKED = st.builds(
     Asked,
@@ -36,7 +23,7 @@ ASKED = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.3, 0.8]),
     presence_penalty=st.sampled_from([0.0, 0.0, 0.5, -1.0]),
     frequency_penalty=st.sampled_from([0.0, 0.0, 0.25, -0.5]),
-    logit_bias=st.sampled_from([{}, {}, {3: 4.0, 0: -100.0}]),
+    logit_bias=st.sampled_from([(), (), ((3, 4.0), (0, -100.0))]),
     logprobs=st.sampled_from([None, 0, 1, 5]),
 )
 
@@ -156,7 +143,7 @@ def test_penalties_are_those_of_transformers_and_openai() -> None:
     for token in set(text):
         expected_V[token] -= 0.5 + 0.25 * text.count(token)
     assert torch.equal(SamplingBatch([row]).scores(logits_V[None])[0], expected_V)
-    row = replace(row, settings=Asked(logit_bias={5: 2.0}), banned=(8,))
+    row = replace(row, settings=Asked(logit_bias=((5, 2.0),)), banned=(8,))
     scores_V = SamplingBatch([row]).scores(logits_V[None])[0]
     assert scores_V[5] == logits_V[5] + 2
     assert scores_V[8] == -math.inf
@@ -302,16 +289,16 @@ def test_choices_have_their_own_seeds() -> None:
         ("top_k", -1),
         ("presence_penalty", math.inf),
         ("frequency_penalty", math.nan),
-        ("logit_bias", {100: 1.0}),
-        ("logit_bias", {-1: 1.0}),
-        ("logit_bias", {1: math.nan}),
+        ("logit_bias", ((100, 1.0),)),
+        ("logit_bias", ((-1, 1.0),)),
+        ("logit_bias", ((1, math.nan),)),
         ("logprobs", -1),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(name: str, value) -> None:
-    check_settings(Asked(), 100)
+    Asked().check_vocabulary(100)
     with pytest.raises(ValueError, match=name):
-        check_settings(replace(Asked(), **{name: value}), 100)
+        replace(Asked(), **{name: value}).check_vocabulary(100)
 
 
 def test_logits_must_fit_the_rows() -> None:

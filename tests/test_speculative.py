@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sampling import ASKED, Asked
+from test_sampling import ASKED
 
 from coterie.infer.penalties import History
+from coterie.infer.request import SamplingParams as Asked
 from coterie.infer.sampling import Row, SamplingBatch, distribution, draw, reference, sample_batch
 from coterie.infer.speculative import accept, draft_uniform, rows_for
 
