@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = ["kernels parallel", "moe", "models", "infer", "train", "benchmarks"]  # ground floor first
+FLOORS = ["kernels parallel", "moe", "models", "infer", "serve train", "benchmarks"]  # ground floor first
 FOLDERS = " ".join(FLOORS).split()
 FILES = [p for folder in FOLDERS for p in sorted((ROOT / folder).glob("*.py"))]
 
