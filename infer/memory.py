@@ -76,12 +76,6 @@ def size_of(count: int) -> str:
     return f"{count} bytes"
 
 
-def weight_bytes(module: nn.Module) -> int:
-    """Of all parameters and buffers; what is shared counts once."""
-    seen = {t.data_ptr(): t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())}
-    return sum(seen.values())
-
-
 @torch.inference_mode()
 def read_rate(module: nn.Module) -> float:
     """Bytes a second at which the largest weights are read, from memory and by all threads; 0: they are too small to

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..models.gpt import GPT
 from .drafts import Guess
+from .memory import read_rate
 from .outputs import TokenLogprob
 from .paged import KVPool, PagedCache
 from .request import Key
@@ -72,14 +73,14 @@ class Runner:
 
     Attributes:
         pool: keys and values.
-        steps: how many were run.
+        memory_rate: bytes a second, measured; 0: the model is too small to tell.
     """
 
     def __init__(self, model: GPT, pool: KVPool) -> None:
         self.model, self.config, self.pool = model.eval(), model.config, pool
         self.cache = PagedCache(pool)
         self.device = model.embed.weight.device
-        self.steps = 0
+        self.memory_rate = read_rate(model)
 
     @torch.inference_mode()
     def run(
@@ -109,7 +110,6 @@ class Runner:
             _choose(out.logits_BSV[0], wanted, out.routes, ran)
         if loads:
             ran.loads = self._loads(out.routes)
-        self.steps += 1
         return ran
 
     def _loads(self, routes: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
