@@ -35,8 +35,13 @@ BLOCK = CONFIG.layers * 2 * CONFIG.num_kv_heads * CONFIG.width_per_head * 4
 """Bytes of one token's keys and values in fp32."""
 
 
-@cache
 def model(dtype: torch.dtype = torch.float32) -> GPT:
+    """The same one each time."""
+    return _model(dtype)
+
+
+@cache
+def _model(dtype: torch.dtype) -> GPT:
     with torch.inference_mode(False):  # whoever asks first
         made = GPT(CONFIG)
         made.init_weights(8)
