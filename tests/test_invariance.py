@@ -150,7 +150,9 @@ class Oracle:
         for one in asked:
             assert one.row.position == len(one.tokens) - self.prompts[one.key]
             rest = self.answers[one.key][one.row.position :][: one.count]
-            found.append(Guess(tuple((t + (i % self.wrong == self.wrong - 1)) % 300 for i, t in enumerate(rest)), None))
+            found.append(
+                Guess(tuple((t + (i % self.wrong == self.wrong - 1)) % 300 for i, t in enumerate(rest)), None)
+            )
         return found
 
     def forget(self, key: Key) -> None:
