@@ -18,8 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "llama")
 LONGEST = 600
 NEW = 12
-TIE = 1e-5
-"""Logits closer than this are ordered by rounding alone."""
 
 
 def _prompts(count: int, vocabulary: int) -> list[list[int]]:
@@ -97,5 +95,4 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path, family: str, count:
         same = next((i for i in range(NEW) if want[i] != got[i]), NEW)
         if same < NEW:
             gaps.append(_gap(theirs, ids + want[:same]))
-    assert all(gap < TIE for gap in gaps), f"{len(gaps)} of {count} differ, at logits apart by {gaps}"
-    assert len(gaps) <= count // 100, f"{len(gaps)} of {count} differ at ties"
+    assert not gaps, f"{len(gaps)} of {count} differ, where the two likeliest tokens' logits are apart by {gaps}"
