@@ -11,6 +11,7 @@ from ..models.gpt import GPT
 from .admission import Prepared
 from .blocks import BlockPool
 from .config import EngineConfig
+from .draft_model import kv_bytes, make_drafter
 from .drafts import Asked, Drafter, Guess
 from .live import Live
 from .memory import count_blocks
@@ -38,13 +39,22 @@ class Core:
         drafter: what guesses tokens ahead, None for nothing.
     """
 
-    def __init__(self, model: GPT, config: EngineConfig, *, max_model_len: int, eos_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+        eos_ids: tuple[int, ...],
+        draft_model: GPT | None = None,
+    ) -> None:
         self.config = config
         weight, size = model.embed.weight, config.block_size
         self.block_bytes = block_bytes(model.config, size, config.kv_dtype, weight.dtype)
+        drafted = 0 if draft_model is None else kv_bytes(draft_model, config)
         blocks = count_blocks(
             config.kv_memory,
-            self.block_bytes,
+            self.block_bytes + drafted,
             size,
             max_model_len=max_model_len,
             max_sequences=config.max_sequences,
@@ -68,7 +78,9 @@ class Core:
         self.scheduler = Scheduler(settings, self.pool)
         self.lock = threading.RLock()
         self.hooks: tuple[Hook, ...] = ()
-        self.drafter: Drafter | None = None
+        self.drafter: Drafter | None = make_drafter(
+            config, draft_model, vocabulary=model.config.vocab_size, blocks=blocks, max_model_len=max_model_len
+        )
         self.live: dict[Key, Live] = {}
         self._states: dict[Key, SampleState] = {}
         self._guesses: dict[Key, Guess] = {}

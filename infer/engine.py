@@ -50,7 +50,9 @@ class Engine:
         self.max_model_len = _length(config, model)
         self._admission = Admission(tokenizer, config, max_model_len=self.max_model_len, vocabulary=self.vocabulary)
         self.eos_ids = self._admission.eos_ids
-        self.core = Core(model, config, max_model_len=self.max_model_len, eos_ids=self.eos_ids)
+        self.core = Core(
+            model, config, max_model_len=self.max_model_len, eos_ids=self.eos_ids, draft_model=draft_model
+        )
         self.failure: BaseException | None = None
         self._aborts: set[str] = set()
         self._wake = threading.Condition(self.core.lock)
@@ -65,7 +67,10 @@ class Engine:
         config = EngineConfig() if config is None else config
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         model, tokenizer = open_model(path, device=config.device, dtype=dtype)
-        engine = cls(model, tokenizer, config)
+        draft = None
+        if config.draft not in ("", "ngram"):
+            draft, _ = open_model(config.draft, device=config.device, dtype=dtype)
+        engine = cls(model, tokenizer, config, draft_model=draft)
         engine.name = Path(path).name or str(path)
         return engine
 
