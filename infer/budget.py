@@ -3,7 +3,7 @@
 DeepSpeed-FastGen fixes 768 tokens. What a step costs differs by model and machine, and for a mixture of experts it
 does not grow evenly: each token more also visits experts that none did before, until all are read. So steps of many
 sizes are timed on the real runner, with keys and values in blocks that nobody uses yet, and a step gets the most
-prompt tokens that leave every decode its next token in time.
+prompt tokens that leave every decode its next token in time. The steps that are served correct what was measured.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .drafts import Drafter
 from .step import Budget, Slice, Step
 
 LEAST = 16
 """Prompt tokens in any step, so that prompts get on however slow the machine is."""
 PATIENCE = 0.5
 """Seconds that a step may take when nothing decodes: a request that comes meanwhile waits for its end."""
-_REPEATS = 3
+_REPEATS = 4
+_RATE = 0.1  # of a step's mistake that its size takes over; half of that at half and at double its size
 _DECODES = 32
 _CONTEXT = 1024
+_SMALL = 64  # tokens: so many are timed even when time is up, while a step takes no more than _QUICK seconds
+_QUICK = 0.1
 
 
 class Timed(Protocol):
@@ -49,21 +53,25 @@ class Point:
     """Experts visited, mean of the MoE layers; 0 for a model without."""
 
 
-@dataclass(frozen=True)
 class StepTimes:
     """Seconds of a step: piecewise linear in its tokens, and linear in decoding sequences and in their context.
 
     Attributes:
-        points: by tokens; their seconds never fall. The experts that so many tokens visit are in their times.
+        points: what was measured, by tokens; seconds never fall. The experts that so many tokens visit are in them.
         per_decode: seconds for a sequence's logits beyond one.
         per_key: seconds for a token of context.
         most: tokens of a step, at most.
     """
 
-    points: tuple[Point, ...]
-    per_decode: float
-    per_key: float
-    most: int
+    def __init__(self, points: Sequence[Point], per_decode: float, per_key: float, most: int) -> None:
+        self.points, self.per_decode, self.per_key, self.most = tuple(points), per_decode, per_key, most
+        self._sizes = [point.tokens for point in points]
+        self._seconds = [point.seconds for point in points]
+        slope = _dearest(points)
+        while self._sizes[-1] < most:  # further on every token costs as much as the dearest so far
+            size = min(2 * self._sizes[-1], most)
+            self._seconds.append(self._seconds[-1] + slope * (size - self._sizes[-1]))
+            self._sizes.append(size)
 
     @classmethod
     def measure(
@@ -77,65 +85,89 @@ class StepTimes:
         """Times steps of the runner, all of whose blocks are free.
 
         Args:
-            seconds: about how long; a step once begun is not cut short, and one of a token is always timed.
+            seconds: about how long after the first passes; a step once begun is not cut short, and one of a token
+                is always timed.
             most: tokens of a step, at most.
         """
         return _Measurer(runner, seconds, clock).measure(most)
 
     def predict(self, tokens: int, decodes: int = 0, context: int = 0) -> float:
         """Seconds of a step of so many tokens, of which `decodes` go on from texts of `context` tokens together."""
-        return self._of_tokens(tokens) + self._rest(decodes, context)
+        at, share = self._place(tokens)
+        low, high = self._seconds[at : at + 2] if share else [self._seconds[at]] * 2
+        return low + share * (high - low) + self._rest(decodes, context)
+
+    def _place(self, tokens: int) -> tuple[int, float]:
+        """The size below `tokens`, and how far it is from there to the next."""
+        sizes = self._sizes
+        at = max(0, bisect_right(sizes, tokens) - 1)
+        if at == len(sizes) - 1 or tokens <= sizes[0]:
+            return at, 0.0
+        return at, (tokens - sizes[at]) / (sizes[at + 1] - sizes[at])
 
     def _rest(self, decodes: int, context: int) -> float:
         return self.per_decode * max(0, decodes - 1) + self.per_key * context
 
-    def _of_tokens(self, tokens: int) -> float:
-        points = self.points
-        last = bisect_right(points, tokens, key=lambda p: p.tokens)
-        if last == 0:
-            return points[0].seconds * tokens / points[0].tokens
-        if last == len(points):  # further on every token costs as much as the dearest so far
-            return points[-1].seconds + (tokens - points[-1].tokens) * self._dearest()
-        low, high = points[last - 1], points[last]
-        share = (tokens - low.tokens) / (high.tokens - low.tokens)
-        return low.seconds + share * (high.seconds - low.seconds)
+    def observe(self, tokens: int, decodes: int, context: int, seconds: float) -> None:
+        """Corrects the times of sizes near this one by a step that was run: a machine that was busy when it was
+        measured, or is now, and all that the measured steps leave out. One odd step moves them little."""
+        ratio = seconds / self.predict(tokens, decodes, context)
+        at, share = self._place(tokens)
+        factor = min(max(ratio, 0.5), 2.0) ** _RATE
+        times = [old * factor**2.0 ** -abs(i - at - share) for i, old in enumerate(self._seconds)]
+        for i in range(at + 1, len(times)):
+            times[i] = max(times[i], times[i - 1])
+        for i in range(at - 1, -1, -1):
+            times[i] = min(times[i], times[i + 1])
+        self._seconds = [min(max(one, 1e-9), 1e9) for one in times]
 
-    def _dearest(self) -> float:
-        last = self.points[-1]
-        if len(self.points) == 1:
-            return last.seconds / last.tokens
-        before = self.points[-2]
-        return max(last.seconds / last.tokens, (last.seconds - before.seconds) / (last.tokens - before.tokens))
+    def budget(self, target_s: float, *, each: int = 1) -> Budget:
+        """Tokens of a step that takes `target_s` at most, `most` at most, and LEAST more than decodes at least.
 
-    def budget(self, target_s: float) -> Budget:
-        """Tokens of a step that takes `target_s` at most: LEAST more than decodes at least, and `most` at most."""
-        seconds = [self._of_tokens(tokens) for tokens in range(1, self.most + 1)]
-        alone = max(LEAST, bisect_right(seconds, max(target_s, PATIENCE)))
+        Args:
+            each: tokens of a decode, with its guesses.
+        """
 
         def tokens(decodes: int, context: int) -> int:
             if not decodes:
-                return alone
-            fits = bisect_right(seconds, target_s - self._rest(decodes, context))
-            return min(self.most, max(fits, decodes + LEAST))
+                return min(self.most, max(LEAST, self._fits(max(target_s, PATIENCE))))
+            fits = self._fits(target_s - self._rest(decodes, context))
+            return min(self.most, max(fits, decodes * each + LEAST))
 
         return tokens
+
+    def _fits(self, seconds: float) -> int:
+        """The most tokens that take no longer; 0 where one does."""
+        at = bisect_right(self._seconds, seconds) - 1
+        if at < 0:
+            return 0
+        if at == len(self._sizes) - 1:
+            return self._sizes[at]
+        low, high = self._seconds[at : at + 2]
+        more = int((seconds - low) / (high - low) * (self._sizes[at + 1] - self._sizes[at]))
+        return self._sizes[at] + more
 
     def table(self) -> list[tuple[int, float, float]]:
         """(tokens, milliseconds, distinct experts) of each size that was timed."""
         return [(p.tokens, 1e3 * p.seconds, p.distinct) for p in self.points]
 
-    def told(self, target_s: float) -> str:
+    def told(self, target_s: float, budget: Budget) -> str:
         """One line for the log."""
-        budget = self.budget(target_s)
-        sizes = ", ".join(f"{p.tokens} tokens {_ms(p.seconds)}{_visited(p)}" for p in self.points[:: self._every])
+        every = max(1, len(self.points) // 5)
+        sizes = ", ".join(f"{p.tokens} tokens {_ms(p.seconds)}{_visited(p)}" for p in self.points[::every])
         return (
             f"steps of {budget(1, 0)} tokens beside a decode, for {_ms(target_s)} between tokens "
             f"({budget(0, 0)} without): {sizes}"
         )
 
-    @property
-    def _every(self) -> int:
-        return max(1, len(self.points) // 5)
+
+def _dearest(points: Sequence[Point]) -> float:
+    """Seconds of one token more, past the last point."""
+    last = points[-1]
+    if len(points) == 1:
+        return last.seconds / last.tokens
+    before = points[-2]
+    return max(last.seconds / last.tokens, (last.seconds - before.seconds) / (last.tokens - before.tokens))
 
 
 def _ms(seconds: float) -> str:
@@ -144,6 +176,20 @@ def _ms(seconds: float) -> str:
 
 def _visited(point: Point) -> str:
     return f" ({point.distinct:.0f} experts)" if point.distinct else ""
+
+
+class Followed:
+    """A runner whose steps a drafter follows, as in the engine."""
+
+    def __init__(self, runner: Timed, drafter: Drafter | None) -> None:
+        self.runner, self.drafter = runner, drafter
+        self.pool, self.config = runner.pool, runner.config
+
+    def run(self, step: Step, *, loads: bool = False) -> Any:
+        """See `Timed`."""
+        if self.drafter is not None:
+            self.drafter.follow(step)
+        return self.runner.run(step, loads=loads)
 
 
 class _Measurer:
@@ -155,22 +201,30 @@ class _Measurer:
         self.dice = random.Random(0)
 
     def measure(self, most: int) -> StepTimes:
-        self._time(self._prompts(min(4, self.longest)))  # the first pass of all also makes memory and kernels ready
+        for tokens in (1, min(4, self.longest)):  # the first passes of all also make memory and kernels ready
+            self._time(self._prompts(tokens))
+        self.started = self.clock()
         points = [self._point(1)]
         size = 2
-        while size <= min(most, self.blocks * self.size) and self._left() > 3 * points[-1].seconds:
+        while size <= min(most, self.blocks * self.size) and self._worth(size, points[-1].seconds):
             points.append(self._point(size))
             size *= 2
         deepest = min(_CONTEXT, self.longest - 1, points[-1].tokens) // self.size * self.size
         rising = _rising(points)
         times = StepTimes(rising, 0.0, 0.0, most)
         count = min(_DECODES, self.blocks - deepest // self.size)
-        if count < 2 or self._left() < 0:
+        while count > 1 and 3 * times.predict(count) > max(self._left(), _QUICK):
+            count //= 2
+        if count < 2:
             return times
         near, far = (self._least(self._decodes(count, depth))[0] for depth in (0, deepest))
         per_decode = max(0.0, near - times.predict(count)) / (count - 1)
         per_key = max(0.0, far - near) / (count * deepest) if deepest else 0.0
         return StepTimes(rising, per_decode, per_key, most)
+
+    def _worth(self, size: int, last: float) -> bool:
+        """Whether to time a size, after one that took `last` seconds: the smallest tell most."""
+        return self._left() > 3 * last or (size <= _SMALL and last < _QUICK and self._left() > -self.seconds)
 
     def _left(self) -> float:
         return self.seconds - (self.clock() - self.started)
@@ -226,7 +280,7 @@ def _rising(points: Sequence[Point]) -> tuple[Point, ...]:
     for point in points:
         groups.append([point])
         while len(groups) > 1 and _mean(groups[-2]) >= _mean(groups[-1]):
-            groups[-2] += groups.pop()
+            groups[-2:] = [groups[-2] + groups[-1]]
     return tuple(Point(p.tokens, _mean(group), p.distinct) for group in groups for p in group)
 
 

@@ -14,7 +14,7 @@ from ..models.gpt import GPT
 from ..models.tokenizer import Tokenizer
 from .admission import Admission, CompiledGrammar
 from .config import EngineConfig
-from .core import BUDGET, Core, Hook, log
+from .core import Core, Hook, log
 from .open_model import open_model
 from .outputs import Sink
 from .request import EngineDead, SamplingParams
@@ -234,7 +234,7 @@ class Engine:
             "dtype": str(self.model.embed.weight.dtype).removeprefix("torch."),
             "kv_dtype": config.kv_dtype,
             "policy": config.policy,
-            "budget": config.budget or BUDGET,
+            **_budget(core),
             "max_model_len": self.max_model_len,
             "max_sequences": config.max_sequences,
             "block_size": pool.size,
@@ -247,6 +247,13 @@ class Engine:
             "prefix_hits": pool.hit,
             "preemptions": core.scheduler.roster.preemptions,
         }
+
+
+def _budget(core: Core) -> dict[str, int]:
+    """Tokens of a step beside one decode, and where no sequence decodes; under splitfuse."""
+    if isinstance(core.budget, int):
+        return {"budget": core.budget, "budget_alone": core.budget}
+    return {"budget": core.budget(1, 0), "budget_alone": core.budget(0, 0)}
 
 
 def _length(config: EngineConfig, model: GPT) -> int:
