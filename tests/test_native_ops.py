@@ -231,5 +231,8 @@ def test_the_gate_leaves_drops_noise_and_replays_to_torch(monkeypatch: pytest.Mo
 def test_mixed_dtypes_are_left_to_torch() -> None:
     x = torch.randn(3, 8).bfloat16()
     assert not norm_native.ready(x, torch.ones(8))
+    assert not norm_native.ready(x, x[0], x[1].float())
+    assert not norm_native.ready(x, x[0], None, x.float())
+    assert norm_native.ready(x, x[0], x[1], x)
     assert not gate_native.ready(x, torch.ones(4, 8).bfloat16(), None)
     assert gate(torch.randn(3, 4), 2).ids_TK.shape == (3, 2)
