@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .backend import choose
+from .backend import is_torch_on_cpu
 
 FOLDER = Path(__file__).parent / "native"
 _LIMIT_S = 120  # of one call of the compiler
@@ -48,7 +48,7 @@ def ready(*tensors: Tensor) -> bool:
     for t in tensors:
         if not t.is_cpu or t.dtype not in _KINDS or not t.is_contiguous():
             return False
-    return (_library is not None or library() is not None) and choose(*tensors) == "torch"
+    return (_library is not None or library() is not None) and is_torch_on_cpu()
 
 
 def library() -> ctypes.CDLL | None:

@@ -15,11 +15,15 @@ from torch import Tensor
 from . import native
 
 
-def ready(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
-    """Whether `norm` and `norm_add` take these: `native.ready`, and all of one dtype."""
-    if not native.ready(x, weight, *others):
+def ready(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
+    """Whether `norm` and `norm_add` take these: `native.ready`, of one dtype, and of shapes that fit."""
+    if not native.ready(x, weight) or x.dtype != weight.dtype or x.shape[-1] != weight.shape[0]:
         return False
-    return x.dtype == weight.dtype and all(t.dtype == x.dtype for t in others)
+    if bias is not None and (bias.dtype != x.dtype or not native.ready(bias)):
+        return False
+    if residual is None:
+        return True
+    return residual.dtype == x.dtype and residual.shape == x.shape and native.ready(residual)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:

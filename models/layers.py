@@ -99,10 +99,7 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., *heads, d)."""
-        weight = local_part(self.weight)
-        bias = None if self.bias is None else local_part(self.bias).flatten()
-        y = linear(x, weight.flatten(0, -2), bias)
-        return y.unflatten(-1, weight.shape[:-1])
+        return linear(x, local_part(self.weight), None if self.bias is None else local_part(self.bias))
 
 
 class Linear(nn.Module):

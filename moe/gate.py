@@ -296,7 +296,7 @@ def seed_noise(module: nn.Module, seed: int, step: int, rank: int = 0) -> None:
         one.draws = step << 20  # micro-batches count on from here
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(maxsize=1024, typed=True)
 def _scalar(value: float) -> Tensor:
     """A number that nothing writes to, on the CPU: int64 or fp32."""
     with torch.inference_mode(False):
