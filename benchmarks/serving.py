@@ -13,7 +13,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from .rows import Row, read as read_rows, write
+from .rows import Row, write
+from .rows import read as read_rows
 from .serving_client import Client, Exchange, read, trace
 from .serving_load import Ask, Load, Workload, arrivals, bodies, runs
 from .serving_metrics import Trace, measure, parse_slo
@@ -29,13 +30,11 @@ def main(load: Load, show: Callable[[str], object] = print) -> list[Row]:
     """Runs the whole sweep; returns the rows, and writes and draws them where `load` says.
 
     Raises:
-        ValueError: the server does not answer, or refuses what is asked.
+        ValueError: a setting means nothing, or the server does not answer, or refuses what is asked.
     """
+    load.check()
     bounds = parse_slo(load.slo)
-    if load.png is not None:
-        from .serving_plot import draw
-
-        others = [row for path in load.beside for row in read_rows(path)]  # an unreadable one is told before the load
+    others = [row for path in load.beside for row in read_rows(path)]  # what cannot be read is told before the load
     rows: list[Row] = []
 
     def keep(name: str, traces: Sequence[Trace], cpu: float, label: str) -> None:
@@ -43,14 +42,16 @@ def main(load: Load, show: Callable[[str], object] = print) -> list[Row]:
         found["client_cpu"] = (cpu / found["wall"][0] if found["wall"][0] > 0 else math.nan), "cores"
         rows.extend(Row(BENCH, name, label, metric, value, unit) for metric, (value, unit) in found.items())
         show(_line(name, label, found))
-        for error in dict.fromkeys(trace.error for trace in traces if trace.error):
-            first = next(trace.detail for trace in traces if trace.error == error)
+        for error in dict.fromkeys(one.error for one in traces if one.error):
+            first = next(one.detail for one in traces if one.error == error)
             show(f"  {int(found[f'failed: {error}'][0])} failed: {error}: {first}")
         if load.json is not None:
             write(rows, load.json)
 
     asyncio.run(_sweep(load, keep, show))
     if load.png is not None:
+        from .serving_plot import draw
+
         draw([*others, *rows], load.png)
     return rows
 
@@ -84,7 +85,7 @@ async def _sweep(load: Load, keep: Callable[..., None], show: Callable[[str], ob
         else:
             due, exchanges = await _open(sender, made, arrivals(rate, load.num, seed + 1, load.burst))
         busy = time.process_time() - busy
-        traces = [sender.read(ask, *pair) for ask, *pair in zip(asks, due, exchanges, strict=True)]
+        traces = [sender.read(ask, at, got) for ask, at, got in zip(asks, due, exchanges, strict=True)]
         keep(name, traces, busy, load.label or sender.model)
 
 

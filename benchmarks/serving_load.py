@@ -26,7 +26,7 @@ CHARACTERS = 4  # of English text in a token, about
 
 @dataclass(frozen=True)
 class Load:
-    """Settings of `coterie bench serve`. ValueError for one that means nothing."""
+    """Settings of `coterie bench serve`."""
 
     url: str
     """The server's address, such as http://127.0.0.1:8000."""
@@ -73,7 +73,8 @@ class Load:
     beside: tuple[Path, ...] = ()
     """Earlier --json files, to draw in the same plot."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for a setting that means nothing."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--url {self.url!r} is not an address such as http://127.0.0.1:8000")

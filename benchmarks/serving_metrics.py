@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 PERCENTS = (50, 90, 95, 99)
 RATES = (2, 4, 6)
@@ -59,9 +60,7 @@ class Trace:
     @property
     def gaps(self) -> list[tuple[float, int]]:
         """(seconds since the chunk before, tokens) of each chunk but the first."""
-        return [
-            (now - before, count) for (before, _), (now, count) in zip(self.chunks, self.chunks[1:], strict=False)
-        ]
+        return [(now - before, count) for (before, _), (now, count) in pairwise(self.chunks)]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -52,8 +52,9 @@ def draw(rows: Sequence[Row], path: str | Path) -> None:
         axes = figure.add_subplot(2, 3, place)
         impls = list(dict.fromkeys(row.impl for row in rows))
         for (impl, kind), points in curves(rows, metric).items():
-            style = {"color": f"C{impls.index(impl) % 10}", "linestyle": "-" if kind == "closed" else "--"}
-            axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=f"{impl}, {kind}", **style)
+            color, line = f"C{impls.index(impl) % 10}", "-" if kind == "closed" else "--"
+            xs, ys, _ = zip(*points, strict=True)
+            axes.plot(xs, ys, marker="o", color=color, linestyle=line, label=f"{impl}, {kind}")
             for x, y, load in points:
                 axes.annotate(load, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         axes.set(xlabel="completed tok/s", title=title)

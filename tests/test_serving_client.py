@@ -4,14 +4,16 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from coterie.benchmarks import serving
 from coterie.benchmarks.rows import read as read_rows
 from coterie.benchmarks.serving_client import Client, read, trace
 from coterie.benchmarks.serving_load import Load
-from hypothesis import given
-from hypothesis import strategies as st
 
 uvicorn = pytest.importorskip("uvicorn", reason="the server of these tests is uvicorn's")
 
@@ -231,7 +233,7 @@ ANSWER = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + STREAM
 @given(st.lists(st.integers(1, len(ANSWER) - 1), max_size=40))
 def test_an_answer_reads_the_same_however_it_is_cut(cuts: list[int]) -> None:
     ends = [0, *sorted(set(cuts)), len(ANSWER)]
-    pieces = [(float(b), ANSWER[a:b]) for a, b in zip(ends, ends[1:], strict=False)]  # each comes at its last byte
+    pieces = [(float(b), ANSWER[a:b]) for a, b in pairwise(ends)]  # each comes at its last byte
     reply = read(pieces)
     assert reply is not None
     assert reply.whole

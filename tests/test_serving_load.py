@@ -4,11 +4,13 @@ import json
 import random
 import statistics
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
-from coterie.benchmarks.serving_load import LONGEST, SHORTEST, Lengths, Load, Workload, arrivals, bodies, runs
 from hypothesis import given
 from hypothesis import strategies as st
+
+from coterie.benchmarks.serving_load import LONGEST, SHORTEST, Lengths, Load, Workload, arrivals, bodies, runs
 
 LOAD = Load("http://127.0.0.1:1")
 
@@ -68,7 +70,7 @@ def test_pieces_of_a_text_are_given_out_once_over_all_runs(tmp_path) -> None:
 @pytest.mark.parametrize("burst", [1.0, 4.0, 0.25])
 def test_arrivals_have_the_rate_and_the_burstiness_asked_for(burst: float) -> None:
     times = arrivals(5.0, 20000, 3, burst)
-    between = [b - a for a, b in zip(times, times[1:], strict=False)]
+    between = [b - a for a, b in pairwise(times)]
     assert times[0] == 0
     assert all(gap >= 0 for gap in between)
     mean = statistics.mean(between)
@@ -118,4 +120,4 @@ def test_runs_are_named() -> None:
 )
 def test_settings_that_mean_nothing_are_refused(change: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        replace(LOAD, **change)
+        replace(LOAD, **change).check()

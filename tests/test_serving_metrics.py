@@ -4,6 +4,9 @@ import math
 import statistics
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from coterie.benchmarks.rows import Row
 from coterie.benchmarks.serving_metrics import (
     Trace,
@@ -15,8 +18,6 @@ from coterie.benchmarks.serving_metrics import (
     reads_well,
 )
 from coterie.benchmarks.serving_plot import curves
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def made(start: float, times: list[float], prompt: int = 512, **more) -> Trace:
