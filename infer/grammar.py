@@ -31,7 +31,7 @@ MOST_BYTES = 1 << 16
 MOST_KEPT = 64  # compiled grammars of one tokenizer
 MOST_COMPILING = 4
 SLOWEST_MASK = 2.0  # seconds; what takes longer holds up everybody's step, so it ends
-# A model may go on with white space for ever: between two parts one space will do, or a line break and an indentation.
+# A model may go on with white space for ever: one space will do, or a line break and an indentation.
 _SPACE = r"( |\r?\n[ \t]{0,32})"
 
 
