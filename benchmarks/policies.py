@@ -66,7 +66,7 @@ class Case:
 CASES = tuple(
     Case(prompt, new, clients, 2 * clients + 16)
     for prompt, new in ((300, 15), (300, 30), (650, 15), (650, 30))
-    for clients in (4, 8, 16, 32)
+    for clients in (2, 4, 8, 16, 32)
 )
 QUICK = (Case(20, 5, 2, 5), Case(20, 5, 4, 6))
 
