@@ -14,7 +14,7 @@ from ..models.gpt import GPT
 from ..models.tokenizer import Tokenizer
 from .admission import Admission, CompiledGrammar
 from .config import EngineConfig
-from .core import BUDGET, Core, Hook, log
+from .core import Core, Hook, log
 from .open_model import open_model
 from .outputs import Sink
 from .request import EngineDead, SamplingParams
@@ -56,7 +56,9 @@ class Engine:
         self.max_model_len = _length(config, model)
         self._admission = Admission(tokenizer, config, max_model_len=self.max_model_len, vocabulary=self.vocabulary)
         self.eos_ids = self._admission.eos_ids
-        self.core = Core(model, config, max_model_len=self.max_model_len, eos_ids=self.eos_ids)
+        self.core = Core(
+            model, config, max_model_len=self.max_model_len, eos_ids=self.eos_ids, draft_model=draft_model
+        )
         self.failure: BaseException | None = None
         self._aborts: set[str] = set()
         self._wake = threading.Condition(self.core.lock)
@@ -69,7 +71,10 @@ class Engine:
         config = EngineConfig() if config is None else config
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         model, tokenizer = open_model(path, device=config.device, dtype=dtype)
-        engine = cls(model, tokenizer, config)
+        draft = None
+        if config.draft not in ("", "ngram"):
+            draft, _ = open_model(config.draft, device=config.device, dtype=dtype)
+        engine = cls(model, tokenizer, config, draft_model=draft)
         engine.name = Path(path).name or str(path)
         return engine
 
@@ -229,7 +234,7 @@ class Engine:
             "dtype": str(self.model.embed.weight.dtype).removeprefix("torch."),
             "kv_dtype": config.kv_dtype,
             "policy": config.policy,
-            "budget": config.budget or BUDGET,
+            **_budget(core),
             "max_model_len": self.max_model_len,
             "max_sequences": config.max_sequences,
             "block_size": pool.size,
@@ -242,6 +247,13 @@ class Engine:
             "prefix_hits": pool.hit,
             "preemptions": core.scheduler.roster.preemptions,
         }
+
+
+def _budget(core: Core) -> dict[str, int]:
+    """Tokens of a step beside one decode, and where no sequence decodes; under splitfuse."""
+    if isinstance(core.budget, int):
+        return {"budget": core.budget, "budget_alone": core.budget}
+    return {"budget": core.budget(1, 0), "budget_alone": core.budget(0, 0)}
 
 
 def _length(config: EngineConfig, model: GPT) -> int:

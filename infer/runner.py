@@ -217,4 +217,5 @@ class _Teller:
 
 
 def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What a client may read: a grammar says why it is no match, the rest of us may name files."""
+    return " ".join(str(error).split())[:200] if isinstance(error, ValueError) else type(error).__name__

@@ -184,7 +184,7 @@ def _same_bits(mine: Tensor | None, theirs: Tensor | None) -> bool:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world", NODES)
+@pytest.mark.parametrize("world", [pytest.param(n, marks=[pytest.mark.long] * (n == 4)) for n in NODES])
 def test_all_exchanges_give_the_same_bits_and_send_what_the_formulas_say(world: int) -> None:
     ranks = run_ranks(_all, world)
     _check_coordinated([r["coordinated"] for r in ranks])

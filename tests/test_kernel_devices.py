@@ -102,7 +102,8 @@ for kernel, values in CASES:
     types = {n: "constexpr" if n in values else i if n in ("V", "D", "E") else TYPES.get(n, H) for n in names}
     constants = {(at,): values[n] for at, n in enumerate(names) if n in values}
     aligned = {(at,): [["tt.divisibility", 16]] for at, n in enumerate(names) if types[n].startswith("*")}
-    for capability, instruction in ((80, "mma.sync"), (90, "wgmma.mma_async")):
+    both = values is GEMM  # what the tensor cores do differs; the rest is compiled for one of the two
+    for capability, instruction in ((80, "mma.sync"), (90, "wgmma.mma_async"))[0 if both else 1 :]:
         made = triton.compile(
             ASTSource(function, types, constants, aligned),
             target=GPUTarget("cuda", capability, 32),

@@ -35,8 +35,14 @@ def test_norms_of_queries_and_keys_are_counted(pools: dict[int, Pool]) -> None:
     assert [number - found[0] for number in found] == [number - told[0] for number in told]
 
 
+SOME = ("MoE, 1 rank", "residual, 1 rank", "MoE, EP 2", "MoE with selective recompute, EP 2", "MoE, TP 2, EP 2")
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("case", [case for case in CASES if case.world <= 2], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=[pytest.mark.long] * (c.name not in SOME)) for c in CASES if c.world <= 2],
+)
 def test_peaks_and_traffic_are_the_predicted_ones(pools: dict[int, Pool], case: Case) -> None:
     """Within a tenth; the traffic without balance is not exactly the expected one either."""
     pool = pools[case.world]

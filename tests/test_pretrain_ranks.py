@@ -135,7 +135,11 @@ def _alive(run: Path) -> list[str]:
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="lists processes by /proc")
 @pytest.mark.parametrize(
     ("ranks", "number", "group", "status"),
-    [(1, signal.SIGINT, True, 0), (2, signal.SIGINT, True, 130), (2, signal.SIGTERM, False, 143)],
+    [
+        (1, signal.SIGINT, True, 0),
+        pytest.param(2, signal.SIGINT, True, 130, marks=pytest.mark.long),
+        (2, signal.SIGTERM, False, 143),
+    ],
 )
 def test_a_signal_to_the_command_saves(
     ranks: int, number: int, group: bool, status: int, data: Path, tmp_path: Path

@@ -1,7 +1,8 @@
 """A run saved on any layout goes on alike on any other: weights, moments, router biases, place in the data.
 
 A new layout is one more line of LAYOUTS. Each line goes on from the one before it, with one model also from one rank
-and from the line five before.
+and from the line five before. CI runs the lines of SOME, each from the one before it there and from one rank;
+`pytest -m long` runs all.
 """
 
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ LAYOUTS = [
     Layout(4, {"dp_replicate": 2, "ep": 2}),
     Layout(4, {"dp_replicate": 2, "tp": 2, "reshard": False}),
 ]
+SOME = [LAYOUTS[line] for line in (0, 2, 5, 8, 10, 12)]
 # A pyramid with residual experts, grouped queries and a tied head.
 PYRAMID = ModelConfig(
     vocab_size=37,
@@ -176,15 +178,12 @@ class Runs:
         self.pools = {world: Pool(world) for world in {layout.world for layout in LAYOUTS}}
         self.saved = cache(self._saved)
 
-    def _saved(self, name: str) -> dict[str, tuple[str, list[Row]]]:
-        """Of every layout its checkpoint, and how it went on itself."""
-        found = {}
-        for layout in LAYOUTS:
-            if fits(name, layout):
-                home = self.folder / name / str(layout)
-                told = self.pools[layout.world].run(_train_and_save, str(home), name, layout.settings)[0]
-                found[str(layout)] = str(home / "checkpoints" / f"step_{SAVED:08d}"), told
-        return found
+    def _saved(self, name: str, line: str) -> tuple[str, list[Row]]:
+        """A layout's checkpoint, and how it went on itself."""
+        layout = next(layout for layout in LAYOUTS if str(layout) == line)
+        home = self.folder / name / line
+        told = self.pools[layout.world].run(_train_and_save, str(home), name, layout.settings)[0]
+        return str(home / "checkpoints" / f"step_{SAVED:08d}"), told
 
 
 @pytest.fixture(scope="module")
@@ -195,17 +194,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         pool.close()
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"), [(n, layout) for n in MODELS for layout in LAYOUTS if fits(n, layout)], ids=str
-)
-def test_any_layout_goes_on_from_any_other(runs: Runs, name: str, layout: Layout, tmp_path: Path) -> None:
-    saved = runs.saved(name)
-    lines = list(saved)
+def check(runs: Runs, name: str, layout: Layout, among: list[Layout], back: tuple[int, ...], folder: Path) -> None:
+    """`layout` goes on from those so many lines before it, and from one rank, as they went on themselves."""
+    lines = [str(one) for one in among if fits(name, one)]
     here = lines.index(str(layout))
-    sources = {lines[here - 1]} if name == "biased" else {lines[here - 1], lines[here - 5], lines[0]}
-    saved = {source: saved[source] for source in sorted(sources)}
+    sources = sorted({lines[here - n] for n in back} | ({lines[0]} if name != "biased" else set()))
+    saved = {source: runs.saved(name, source) for source in sources}
     paths = [path for path, _ in saved.values()]
-    told = runs.pools[layout.world].run(_resume, str(tmp_path), name, layout.settings, paths)[0]
+    told = runs.pools[layout.world].run(_resume, str(folder), name, layout.settings, paths)[0]
     for (source, (_, expected)), found in zip(saved.items(), told, strict=True):
         for step, (there, here) in enumerate(zip(expected, found, strict=True), SAVED + 1):
             for term, value in there.items():
@@ -214,10 +210,25 @@ def test_any_layout_goes_on_from_any_other(runs: Runs, name: str, layout: Layout
                 )
 
 
+def cases(layouts: list[Layout]) -> list[tuple[str, Layout]]:
+    return [(name, layout) for name in MODELS for layout in layouts if fits(name, layout)]
+
+
+@pytest.mark.parametrize(("name", "layout"), cases(SOME), ids=str)
+def test_some_layouts_go_on_from_others(runs: Runs, name: str, layout: Layout, tmp_path: Path) -> None:
+    check(runs, name, layout, SOME, (1,), tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "layout"), cases(LAYOUTS), ids=str)
+def test_any_layout_goes_on_from_any_other(runs: Runs, name: str, layout: Layout, tmp_path: Path) -> None:
+    check(runs, name, layout, LAYOUTS, (1,) if name == "biased" else (1, 5), tmp_path)
+
+
 def test_the_runs_put_to_the_test_what_they_should(runs: Runs) -> None:
     """Something is dropped, losses move, and steps differ by far more than the tolerance."""
     for name in MODELS:
-        _, told = runs.saved(name)["1"]
+        _, told = runs.saved(name, "1")
         assert (sum(row["dropped"] for row in told) > 0) == (name == "biased")
         losses = [row["loss"] for row in told]
         assert min(abs(a - b) for a, b in pairwise(losses)) > 1e-3
