@@ -57,6 +57,10 @@ class QueueFull(RuntimeError):
     """No room to wait now: the same request may be served later (HTTP 429 or 503)."""
 
 
+class EngineDead(RuntimeError):
+    """The engine takes no requests any more: it is stopping, or it has failed (HTTP 503)."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen and when a sequence ends.

@@ -180,6 +180,7 @@ class GPT(nn.Module):
         routes: tuple[Tensor, ...] | None = None,
         history: tuple[Tensor, ...] | None = None,
         logits_to_keep: int = 0,
+        rows_R: Tensor | None = None,
     ) -> Output:
         """Logits, or the sum of the loss when targets are given.
 
@@ -192,6 +193,7 @@ class GPT(nn.Module):
             routes: choices of an earlier pass over the same tokens, one (T, K) per MoE layer.
             history: per MoE layer, counts of the optimizer step's earlier micro-batches, (E,).
             logits_to_keep: only the last so many positions get logits; 0: all.
+            rows_R: only these positions of the flattened (B * S) do: logits_BSV is (1, R, V).
         """
         x_BSD, cos, sin = self._embed(tokens_BS, positions_BS, cache.length if cache is not None else 0)
         valid_BS = None if valid_BS is None else self.own(valid_BS)
@@ -204,7 +206,8 @@ class GPT(nn.Module):
             x_BSD, routing = block(x_BSD, cos, sin, valid_BS, cache, replay_TK, history_E, recompute)
             if routing is not None:
                 routings.append(routing)
-        logits, lm = self._head(x_BSD, targets_BS, logits_to_keep)
+        out_BSD = x_BSD if rows_R is None else x_BSD.flatten(0, 1)[rows_R][None]
+        logits, lm = self._head(out_BSD, targets_BS, logits_to_keep)
         zero = x_BSD.new_zeros((), dtype=torch.float32)
         return Output(
             logits,

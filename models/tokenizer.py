@@ -16,6 +16,10 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 # What published tokenizers call the end of a document, likeliest first.
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
+_UNKNOWN = "\ufffd"
+_OPEN = 3  # characters: some decoders give one for each byte that waits
+_CONTEXT = 8  # ids
+
 
 class Tokenizer:
     """Text to ids and back.
@@ -103,31 +107,39 @@ class Tokenizer:
 class TextStream:
     """Pieces of text from ids that come one by one: a character whose bytes are not all there waits.
 
+    Bytes that are no UTF-8 do not wait for ever: three more can complete a character, so that of U+FFFD at the end
+    three are held back and no more. However long the text, a push decodes a few ids.
+
     `before`: ids of the text that they go on with: some tokenizers leave out a space where a text begins.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
-        # Ids from the last piece that was told, which decide how the next one begins, and how many they are.
-        self._ids = list(before)
-        self._told = len(self._ids)
+        # The last ids, which decide how the next piece begins, and how many characters of their text were told.
+        self._ids = list(before)[-_CONTEXT:]
+        self._told = len(tokenizer.decode(self._ids)) if self._ids else 0
 
     def push(self, token: int) -> str:
-        """The text that this id completes, often "" in the middle of a character."""
+        """The text that is certain with this id, often "" in the middle of a character."""
         self._ids.append(token)
-        piece = self._rest()
-        if not piece or piece.endswith("\ufffd"):
-            return ""
-        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+        text = self._tokenizer.decode(self._ids)
+        open_ = 0
+        while open_ < _OPEN and text.endswith(_UNKNOWN, 0, len(text) - open_):
+            open_ += 1
+        certain = len(text) - open_
+        piece = text[self._told : certain]
+        self._told = max(self._told, certain)
+        if len(self._ids) > 2 * _CONTEXT:
+            self._ids = self._ids[-_CONTEXT:]
+            left = len(text) - self._told
+            self._told = max(0, len(self._tokenizer.decode(self._ids)) - left)
         return piece
 
     def finish(self) -> str:
         """What is left, with U+FFFD for bytes that never made a character."""
-        return self._rest()
-
-    def _rest(self) -> str:
-        told = self._tokenizer.decode(self._ids[: self._told])
-        return self._tokenizer.decode(self._ids)[len(told) :]
+        text = self._tokenizer.decode(self._ids)
+        piece, self._told = text[self._told :], len(text)
+        return piece
 
 
 def _config_beside(file: Path) -> Path:

@@ -116,3 +116,53 @@ def test_a_stream_ends_with_what_never_became_a_character() -> None:
     ids = TOKENIZER.encode("a漢")
     assert "".join(stream.push(i) for i in ids[:-1]) == "a"
     assert stream.finish() == "\ufffd"
+
+
+def _bytes_of(*values: int) -> list[int]:
+    """Ids of single bytes, whole characters or not."""
+    names = _byte_names()
+    return [TOKENIZER._inner.token_to_id(names[value]) for value in values]
+
+
+def _byte_names() -> dict[int, str]:
+    """GPT-2's names of bytes: those that print stand for themselves, the rest for what follows U+0100."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [value for value in range(256) if value not in printed]
+    return {v: chr(v) for v in printed} | {v: chr(256 + i) for i, v in enumerate(rest)}
+
+
+def test_bytes_that_are_no_text_do_not_wait_for_ever() -> None:
+    """At most three further bytes can complete a character, so at most three are held back."""
+    stream, told = TextStream(TOKENIZER), ""
+    for count, token in enumerate(_bytes_of(*[0xFF] * 200), 1):
+        told += stream.push(token)
+        assert count - 3 <= len(told) <= count
+    assert len(stream._ids) < 40, "what is decoded each time grows"
+    for token in TOKENIZER.encode("a cat"):
+        told += stream.push(token)
+    assert told + stream.finish() == "\ufffd" * 200 + "a cat"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([0x61, 0xC3, 0xA9, 0xE6, 0xBC, 0xA2, 0xF0, 0x9F, 0x99, 0x82, 0xFF, 0x80])))
+def test_a_stream_of_any_bytes_tells_what_they_are_at_once(values: list[int]) -> None:
+    ids = _bytes_of(*values)
+    stream = TextStream(TOKENIZER)
+    told = "".join(stream.push(i) for i in ids) + stream.finish()
+    assert told == bytes(values).decode(errors="replace") == TOKENIZER.decode(ids)
+
+
+def test_a_long_stream_decodes_a_few_ids_at_a_time(monkeypatch) -> None:
+    stream, most = TextStream(TOKENIZER, TOKENIZER.encode("the cat " * 500)), 0
+    decode = Tokenizer.decode
+
+    def watched(self, ids, **options):
+        nonlocal most
+        ids = list(ids)
+        most = max(most, len(ids))
+        return decode(self, ids, **options)
+
+    monkeypatch.setattr(Tokenizer, "decode", watched)
+    text = "the hat 漢 " * 100
+    assert "".join(map(stream.push, TOKENIZER.encode(text))) + stream.finish() == text
+    assert most <= 40

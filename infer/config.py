@@ -1,0 +1,83 @@
+"""The engine's settings, as the command line and the pipeline take them. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .step import Policy
+
+KVDType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+_AT_LEAST = {
+    "block_size": 1,
+    "kv_memory": 0,
+    "max_model_len": 0,
+    "max_sequences": 1,
+    "budget": 0,
+    "draft_tokens": 1,
+    "max_queued_requests": 1,
+    "max_queued_tokens": 1,
+    "max_step_tokens": 0,
+    "seed": 0,
+}
+MOST_DRAFTS = 16
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is served. ValueError for a setting that means nothing."""
+
+    device: str | None = None
+    """cpu or cuda; None: cuda where there is one."""
+    dtype: DType | None = None
+    """Of the weights; None: as they are stored."""
+    kv_dtype: KVDType = "auto"
+    """Of keys and values; auto: the model's own. int8 and fp8 take half of bf16's room, and change the answers."""
+    block_size: int = 16
+    """Tokens of a block of keys and values."""
+    kv_memory: int = 0
+    """Bytes for keys and values; 0: enough for max_sequences of a quarter of max_model_len each, or what is free."""
+    max_model_len: int = 0
+    """Tokens of prompt and answer together; 0: what the model has positions for."""
+    max_sequences: int = 128
+    """Sequences that compute at the same time."""
+    policy: Policy = "splitfuse"
+    """splitfuse: decodes, then prompts cut to the budget. static: the same with 768 tokens. prefill_first: whole
+    prompts before decodes. no_chunk: decodes and whole prompts together."""
+    budget: int = 0
+    """Tokens of a step under splitfuse; 0: what itl_target_ms leaves room for."""
+    itl_target_ms: float = 50.0
+    """How long a decode may wait for its next token while prompts are computed beside it."""
+    prefix_cache: bool = True
+    """Compute the beginning that several prompts share once."""
+    draft: str = ""
+    """What guesses tokens ahead: ngram (repeats of the text so far), or the directory of a smaller model with the
+    same tokenizer; empty: nothing does."""
+    draft_tokens: int = 4
+    """Guesses a step."""
+    max_queued_requests: int = 1024
+    """Sequences that may wait; more are turned away."""
+    max_queued_tokens: int = 1 << 20
+    """Prompt tokens that may wait."""
+    max_step_tokens: int = 0
+    """Tokens of one step under any policy; 0: 8192."""
+    seed: int = 0
+    """Of requests that bring none: over 0, the same order of requests gives the same texts; 0: no seed is known."""
+
+    def __post_init__(self) -> None:
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}: give a whole number of {least} or more")
+        for name, choices in (("policy", Policy), ("kv_dtype", KVDType)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
+        if self.dtype is not None and self.dtype not in get_args(DType):
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(get_args(DType))}")
+        if not 0 < self.itl_target_ms < math.inf:
+            raise ValueError(f"itl_target_ms is {self.itl_target_ms}: give milliseconds over 0")
+        if self.draft_tokens > MOST_DRAFTS:
+            raise ValueError(f"draft_tokens is {self.draft_tokens}: give {MOST_DRAFTS} or fewer")

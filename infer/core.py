@@ -1,0 +1,246 @@
+"""One step of the engine: schedule, run, commit, tell, guess."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from ..models.gpt import GPT
+from .admission import Prepared
+from .blocks import BlockPool
+from .config import EngineConfig
+from .drafts import Asked, Drafter, Guess
+from .live import Live
+from .memory import count_blocks
+from .outputs import Delta, StepReport
+from .paged import KVPool, block_bytes
+from .request import Key, Request
+from .runner import Ran, Runner
+from .sample_state import SampleState
+from .scheduler import Scheduler
+from .step import Event, SchedulerConfig, Step
+from .traffic import Traffic
+
+log = logging.getLogger("coterie")
+Hook = Callable[[StepReport], None]
+BUDGET = 512
+STEP = 8192
+
+
+class Core:
+    """The sequences under way and what computes them.
+
+    Attributes:
+        lock: held while the scheduler is told or asked, never while the model runs or a client is told.
+        hooks: called after each step.
+        drafter: what guesses tokens ahead, None for nothing.
+    """
+
+    def __init__(self, model: GPT, config: EngineConfig, *, max_model_len: int, eos_ids: tuple[int, ...]) -> None:
+        self.config = config
+        weight, size = model.embed.weight, config.block_size
+        self.block_bytes = block_bytes(model.config, size, config.kv_dtype, weight.dtype)
+        blocks = count_blocks(
+            config.kv_memory,
+            self.block_bytes,
+            size,
+            max_model_len=max_model_len,
+            max_sequences=config.max_sequences,
+            device=weight.device,
+        )
+        kv = KVPool(model.config, blocks, size, dtype=config.kv_dtype, model_dtype=weight.dtype, device=weight.device)
+        self.runner = Runner(model, kv)
+        self.traffic = Traffic(model, self.block_bytes / size)
+        self.pool = BlockPool(blocks, size)
+        settings = SchedulerConfig(
+            policy=config.policy,
+            budget=config.budget or BUDGET,
+            max_step_tokens=config.max_step_tokens or STEP,
+            max_sequences=config.max_sequences,
+            max_positions=max_model_len,
+            max_queued_requests=config.max_queued_requests,
+            max_queued_tokens=config.max_queued_tokens,
+            eos_ids=eos_ids,
+            vocabulary=model.config.vocab_size,
+        )
+        self.scheduler = Scheduler(settings, self.pool)
+        self.lock = threading.RLock()
+        self.hooks: tuple[Hook, ...] = ()
+        self.drafter: Drafter | None = None
+        self.live: dict[Key, Live] = {}
+        self._states: dict[Key, SampleState] = {}
+        self._guesses: dict[Key, Guess] = {}
+        self._flight: Step | None = None
+        self._stumbled = False
+
+    def add(self, prepared: Prepared) -> None:
+        """Queues a request; the lock is held. Raises what `Scheduler.add` does."""
+        for live in prepared.lives(self.scheduler.add(prepared.first)):
+            self.live[live.key] = live
+            self._states[live.key] = live.state
+
+    def knows(self, id: str) -> bool:
+        """Whether a request is under way; the lock is held."""
+        return bool(self.scheduler.roster.samples(id))
+
+    def step(self, aborted: Callable[[], Iterable[str]] = tuple) -> bool:
+        """One step; False when there was nothing to do.
+
+        Args:
+            aborted: gives, with the lock held, the ids of requests to end first.
+
+        Raises:
+            Exception: what the model's pass raised twice in a row.
+        """
+        started = time.perf_counter()
+        scheduler = self.scheduler
+        with self.lock:
+            if self._flight is not None:  # whoever ran the last step was interrupted
+                scheduler.rollback(self._flight)
+            events = [event for id in aborted() for event in scheduler.abort(id)]
+            self._flight = step = scheduler.schedule(time.monotonic()) if scheduler.busy else None
+        self._deliver(events if step is None else [*events, *step.expired])
+        if step is None:
+            return bool(events)
+        ran = self._run(step)
+        if ran is None:
+            return True
+        report = self._report(step, ran) if self.hooks else None
+        with self.lock:
+            self._flight = None
+            events = scheduler.commit(step, ran.results)
+        generated = self._deliver(events, ran)
+        if self.drafter is not None:
+            self._draft(step)
+        if report is not None:
+            self._tell(report(generated, time.perf_counter() - started))
+        return True
+
+    def _run(self, step: Step) -> Ran | None:
+        """None: the pass failed, and its sequences will compute again. Failing twice in a row is for good."""
+        try:
+            if not step.slices:
+                return Ran()
+            self._guarded(lambda drafter: drafter.follow(step))
+            ran = self.runner.run(step, self._states, guesses=self._guesses, loads=bool(self.hooks))
+        except Exception:
+            with self.lock:
+                self._flight = None
+                self.scheduler.rollback(step)
+            if self._stumbled:
+                raise
+            self._stumbled = True
+            log.exception("step %d failed and is computed again", step.number)
+            return None
+        self._stumbled = False
+        return ran
+
+    def _deliver(self, events: Sequence[Event], ran: Ran | None = None) -> int:
+        """Hands out what happened; returns the number of tokens. What fails here fails for one sequence."""
+        generated = 0
+        for event in events:
+            live = self.live.get(event.key)
+            if live is None:
+                continue
+            try:
+                delta = live.advance(event, None if ran is None else ran.told.get(event.key))
+            except Exception as error:
+                log.exception("request %s failed", event.key[0])
+                delta = live.fail(f"its text could not be made: {type(error).__name__}")
+            generated += len(delta.tokens)
+            self._emit(live, delta, ended=event.finish is not None)
+        return generated
+
+    def _emit(self, live: Live, delta: Delta, ended: bool) -> None:
+        """ended: the scheduler knows already that it has."""
+        finish = delta.finish
+        try:
+            live.emit(delta)
+        except Exception:
+            log.exception("the sink of request %s failed", live.key[0])
+            finish = finish or "error"
+        if finish is None:
+            return
+        with self.lock:
+            if not ended:
+                self.scheduler.finish(live.key, finish)
+            for kept in (self.live, self._states, self._guesses):
+                kept.pop(live.key, None)
+        self._guarded(lambda drafter: drafter.forget(live.key))
+
+    def _draft(self, step: Step) -> None:
+        """Guesses for the sequences of a step that go on."""
+        asked: list[tuple[Request, Asked]] = []
+        for piece in step.slices:
+            live = self.live.get(piece.key) if piece.wants_logits else None
+            if live is None or live.state.matcher is not None or not live.request.decoding:
+                continue
+            request = live.request
+            count = min(self.config.draft_tokens, request.params.max_tokens - request.generated_length - 1)
+            if count > 0 and request.table is not None:
+                row, blocks = live.state.row(request.generated_length), tuple(request.table.blocks)
+                asked.append((request, Asked(request.key, request.tokens, blocks, count, row)))
+        guesses = self._guarded(lambda drafter: drafter.propose([one for _, one in asked])) if asked else None
+        for (request, one), guess in zip(asked, guesses or [], strict=False):
+            request.speculative = guess.tokens[: one.count]
+            self._guesses[request.key] = guess
+
+    def _guarded(self, call):
+        """The drafter's answer. One that fails is not asked again: guesses are never worth an answer."""
+        if self.drafter is None:
+            return None
+        try:
+            return call(self.drafter)
+        except Exception:
+            log.exception("guessing ahead failed, and is over")
+            self.drafter = None
+            return None
+
+    def _report(self, step: Step, ran: Ran) -> Callable[[int, float], StepReport]:
+        """The step's report but for (tokens handed out, seconds); lengths are read before sequences end."""
+        decodes = sum(piece.start >= self._states[piece.key].prompt_length for piece in step.slices)
+        least = self.traffic.of(step, ran.loads) / self.runner.memory_rate if self.runner.memory_rate else 0.0
+
+        def report(generated: int, seconds: float) -> StepReport:
+            return StepReport(
+                number=step.number,
+                seconds=seconds,
+                tokens=step.tokens,
+                decodes=decodes,
+                prompts=len(step.slices) - decodes,
+                generated=generated,
+                running=len(self.scheduler.roster.running),
+                waiting=self.scheduler.roster.queued,
+                blocks_used=self.pool.used,
+                blocks=self.pool.count,
+                preempted=len(step.preempted),
+                drafted=ran.drafted,
+                accepted=ran.accepted,
+                loads=ran.loads,
+                roofline=least / seconds,
+            )
+
+        return report
+
+    def _tell(self, report: StepReport) -> None:
+        for hook in self.hooks:
+            try:
+                hook(report)
+            except Exception:
+                log.exception("what watches the steps failed")
+
+    def die(self) -> None:
+        """Ends every sequence with an error."""
+        with self.lock:
+            live = list(self.live.values())
+            for id in {one.key[0] for one in live}:
+                self.scheduler.abort(id)
+            for kept in (self.live, self._states, self._guesses):
+                kept.clear()
+        for one in live:
+            try:
+                one.emit(one.fail("the engine has failed"))
+            except Exception:
+                log.exception("the sink of request %s failed", one.key[0])

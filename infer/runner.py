@@ -1,0 +1,220 @@
+"""One step on the model: copies of blocks, one pass over all slices, and a token for each sequence that wants one.
+
+T tokens of a step, R rows that want logits, V vocabulary, L MoE layers, E experts, K choices, D drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..models.gpt import GPT
+from .drafts import Guess
+from .memory import read_rate
+from .outputs import TokenLogprob
+from .paged import KVPool, PagedCache
+from .request import Key
+from .sample_state import GREEDY, SampleState
+from .sampling import Row, Sampled, SamplingBatch, sample_batch
+from .speculative import accept, accept_drawn
+from .step import Result, Slice, Step
+
+NOT_FINITE = "the model's logits are not finite: its weights are damaged, or dtype is too narrow"
+NOTHING_ALLOWED = "no token is allowed here: the grammar, the bias and the banned tokens leave none"
+
+Routes = tuple[tuple[int, ...], ...]
+"""Per MoE layer the experts of one token."""
+
+
+class Told(NamedTuple):
+    """What one sequence asked to be told of its new tokens, one entry a token."""
+
+    logprobs: tuple[TokenLogprob, ...]
+    routes: tuple[Routes, ...]
+
+
+@dataclass
+class Ran:
+    """What a step gave."""
+
+    results: dict[Key, Result] = field(default_factory=dict)
+    told: dict[Key, Told] = field(default_factory=dict)
+    """Of sequences that asked."""
+    loads: tuple[tuple[int, ...], ...] = ()
+    """Per MoE layer the assignments of each expert, where asked for."""
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass
+class _Wanted:
+    """One slice that wants logits: its rows are consecutive."""
+
+    piece: Slice
+    state: SampleState
+    at: int
+    """Where in the step's tokens its first row lies."""
+    first: int
+    """Its first row."""
+    drafts: tuple[int, ...]
+    probs_DV: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.drafts) + 1
+
+
+class Runner:
+    """Runs steps of the scheduler on one model and one pool of blocks.
+
+    Attributes:
+        pool: keys and values.
+        memory_rate: bytes a second, measured; 0: the model is too small to tell.
+    """
+
+    def __init__(self, model: GPT, pool: KVPool) -> None:
+        self.model, self.config, self.pool = model.eval(), model.config, pool
+        self.cache = PagedCache(pool)
+        self.device = model.embed.weight.device
+        self.memory_rate = read_rate(model)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        step: Step,
+        states: Mapping[Key, SampleState] | None = None,
+        *,
+        guesses: Mapping[Key, Guess] | None = None,
+        loads: bool = False,
+    ) -> Ran:
+        """Computes a step.
+
+        Args:
+            step: its slices hold one token at least.
+            states: of its sequences; one that is missing is greedy.
+            guesses: where the drafts of a slice came from; one that is missing was no random choice.
+            loads: whether to count what each expert was asked for.
+        """
+        self.pool.copy(step.copies)
+        tokens_1T, positions_1T = self.cache.begin(step.slices)
+        wanted = _wanted(step.slices, states or {}, guesses or {})
+        rows_R = torch.tensor([at for one in wanted for at in range(one.at, one.at + one.count)], dtype=torch.int64)
+        out = self.model(tokens_1T, positions_1T, cache=self.cache, rows_R=rows_R.to(self.device))
+        ran = Ran()
+        if wanted:
+            assert out.logits_BSV is not None
+            _choose(out.logits_BSV[0], wanted, out.routes, ran)
+        if loads:
+            ran.loads = self._loads(out.routes)
+        return ran
+
+    def _loads(self, routes: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
+        if not routes:
+            return ()
+        experts = [moe.num_experts for moe in self.model.moe_layers]
+        most = max(experts)
+        ids_LTK = torch.stack(routes) + most * torch.arange(len(routes), device=routes[0].device)[:, None, None]
+        counts = torch.bincount(ids_LTK.flatten(), minlength=most * len(routes)).tolist()
+        return tuple(tuple(counts[i * most : i * most + count]) for i, count in enumerate(experts))
+
+
+def _wanted(
+    slices: Sequence[Slice], states: Mapping[Key, SampleState], guesses: Mapping[Key, Guess]
+) -> list[_Wanted]:
+    wanted, start, row = [], 0, 0
+    for piece in slices:
+        end = start + len(piece.tokens)
+        if piece.wants_logits:
+            drafts = piece.tokens[len(piece.tokens) - piece.drafts :]
+            guess = guesses.get(piece.key) if drafts else None
+            probs_DV = None if guess is None or guess.probs_NV is None else guess.probs_NV[: len(drafts)]
+            state = states.get(piece.key, GREEDY)
+            wanted.append(_Wanted(piece, state, end - len(drafts) - 1, row, drafts, probs_DV))
+            row += len(drafts) + 1
+        start = end
+    return wanted
+
+
+def _choose(logits_RV: Tensor, wanted: list[_Wanted], routes: tuple[Tensor, ...], ran: Ran) -> None:
+    """All rows at once; where that raises, each sequence by itself, so that the one to blame fails alone."""
+    try:
+        _choose_together(logits_RV, wanted, routes, ran)
+    except Exception:
+        for one in wanted:
+            alone = logits_RV[one.first : one.first + one.count]
+            one.first = 0
+            try:
+                _choose_together(alone, [one], routes, ran)
+            except Exception as error:
+                ran.results[one.piece.key] = Result(0, error=f"its next token could not be chosen: {_brief(error)}")
+
+
+def _choose_together(logits_RV: Tensor, wanted: list[_Wanted], routes: tuple[Tensor, ...], ran: Ran) -> None:
+    rows = [row for one in wanted for row in _rows(one)]
+    drawn = sample_batch(logits_RV, SamplingBatch(rows))
+    chosen = accept_drawn([one.drafts for one in wanted], drawn)
+    for i, one in enumerate(wanted):
+        if one.probs_DV is not None:
+            part_RV = logits_RV[one.first : one.first + one.count]
+            batch = SamplingBatch(rows[one.first : one.first + one.count])
+            chosen[i] = accept([one.drafts], part_RV, batch, one.probs_DV)[0]
+    ok = drawn.ok_B.tolist()
+    tell = _Teller(logits_RV, drawn, wanted, routes)
+    for one, tokens in zip(wanted, chosen, strict=True):
+        key = one.piece.key
+        if not tokens or not all(ok[one.first : one.first + len(tokens)]):
+            bound = any(row.mask is not None or row.banned for row in rows[one.first : one.first + one.count])
+            ran.results[key] = Result(0, error=NOTHING_ALLOWED if bound else NOT_FINITE)
+            continue
+        accepted = len(tokens) - 1
+        ran.results[key] = Result(tokens[-1], accepted)
+        ran.drafted += len(one.drafts)
+        ran.accepted += accepted
+        if one.state.routes or one.state.settings.logprobs is not None:
+            ran.told[key] = tell(one, tokens)
+
+
+def _rows(one: _Wanted) -> list[Row]:
+    generated = one.piece.start + len(one.piece.tokens) - len(one.drafts) - one.state.prompt_length
+    return [one.state.row(generated, one.drafts[:i]) for i in range(one.count)]
+
+
+class _Teller:
+    """Reads log probabilities and routes of those who asked, all at once."""
+
+    def __init__(self, logits_RV: Tensor, drawn: Sampled, wanted: list[_Wanted], routes: tuple[Tensor, ...]) -> None:
+        self.logits_RV, self.ids = logits_RV, drawn.ids_B
+        asked = any(one.state.settings.logprobs is not None for one in wanted)
+        self.logprobs = drawn.logprobs_B.tolist() if asked else []
+        self.top_ids = drawn.top_ids_BN.tolist() if asked else []
+        self.top = drawn.top_logprobs_BN.tolist() if asked else []
+        self.drawn = drawn.ids_B.tolist() if asked else []
+        at = [i for one in wanted if one.state.routes for i in range(one.at, one.at + one.count)]
+        self.routes: dict[int, Routes] = {}
+        if at and routes:
+            at_N = torch.tensor(at, device=logits_RV.device)
+            told = torch.stack([ids_TK[at_N] for ids_TK in routes], dim=1).tolist()
+            self.routes = {i: tuple(map(tuple, one)) for i, one in zip(at, told, strict=True)}
+
+    def __call__(self, one: _Wanted, tokens: list[int]) -> Told:
+        logprobs: list[TokenLogprob] = []
+        most = one.state.settings.logprobs
+        if most is not None:
+            for row, token in enumerate(tokens, one.first):
+                top = tuple(zip(self.top_ids[row][:most], self.top[row][:most], strict=True))
+                logprob = self.logprobs[row] if token == self.drawn[row] else self._logprob(row, token)
+                logprobs.append(TokenLogprob(token, logprob, top))
+        routes = tuple(self.routes.get(one.at + i, ()) for i in range(len(tokens))) if one.state.routes else ()
+        return Told(tuple(logprobs), routes)
+
+    def _logprob(self, row: int, token: int) -> float:
+        """Of a guess that was taken though the row drew another token."""
+        return float(self.logits_RV[row].float().log_softmax(0)[token])
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
