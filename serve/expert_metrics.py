@@ -1,4 +1,4 @@
-"""How the tokens spread over the experts, as families for Prometheus: sums in plain lists, made into text when asked."""
+"""How tokens spread over the experts, for Prometheus: sums in plain lists, made into families when asked."""
 
 # Shapes: L MoE layers, E experts.
 
@@ -89,7 +89,7 @@ class ExpertMetrics:
         if seconds > 0:
             roofline = GaugeMetricFamily(
                 "coterie:roofline_fraction",
-                "Bytes that had to be read over seconds, as a fraction of the memory's measured rate, last 1-2 minutes.",
+                "Bytes that had to be read over seconds, as a share of the memory's measured rate, last 1-2 minutes.",
                 labels=["model_name"],
             )
             roofline.add_metric([self.model_name], least / seconds)

@@ -65,6 +65,8 @@ _HISTOGRAMS = {
     "vllm:request_inference_time_seconds": ("From a request's first blocks to its last token.", _WHOLE),
     "coterie:step_seconds": ("Of one step of the engine.", _STEP),
 }
+# The engine counts these itself: its name -> ours.
+_ENGINE_COUNTS = {"prefix_queries": "vllm:prefix_cache_queries", "prefix_hits": "vllm:prefix_cache_hits"}
 
 
 @dataclass(slots=True)
@@ -106,17 +108,14 @@ class Metrics:
         self._lock = threading.Lock()
         self._scraping = threading.Lock()  # another one: a sink may call `delta` while its engine holds its own lock
         self._records: dict[str, _Record] = {}
-        self._told = dict.fromkeys(("prefix_queries", "prefix_hits"), 0.0)
+        self._told = dict.fromkeys(_ENGINE_COUNTS, 0.0)
         self._blocks = (0, 1)
 
-        def make(kind: type, names: Iterable[str], about: Any, **more: Any) -> dict[str, Any]:
-            return {
-                name: kind(name, about[name], [*label], registry=registry, **more).labels(**label) for name in names
-            }
-
-        gauges = make(prometheus.Gauge, _GAUGES, _GAUGES)
-        counters = make(prometheus.Counter, _COUNTERS, _COUNTERS)
-        self._value = gauges | counters
+        self._value = {
+            name: kind(name, about, [*label], registry=registry).labels(**label)
+            for kind, family in ((prometheus.Gauge, _GAUGES), (prometheus.Counter, _COUNTERS))
+            for name, about in family.items()
+        }
         self._observed = {
             name: prometheus.Histogram(name, about, [*label], buckets=buckets, registry=registry).labels(**label)
             for name, (about, buckets) in _HISTOGRAMS.items()
@@ -251,13 +250,10 @@ class Metrics:
         used = _number(report.get("blocks_used"), self._blocks[0])
         value["vllm:kv_cache_usage_perc"].set(used / max(1.0, _number(report.get("blocks"), self._blocks[1])))
         value["coterie:token_budget"].set(_number(report.get("budget"), 0))
-        for ours, theirs in (
-            ("vllm:prefix_cache_queries", "prefix_queries"),
-            ("vllm:prefix_cache_hits", "prefix_hits"),
-        ):
-            now = _number(report.get(theirs), 0)
-            value[ours].inc(max(0.0, now - self._told[theirs]))
-            self._told[theirs] = now
+        for theirs, ours in _ENGINE_COUNTS.items():
+            count = _number(report.get(theirs), 0)
+            value[ours].inc(max(0.0, count - self._told[theirs]))
+            self._told[theirs] = count
 
     def render(self) -> tuple[bytes, str]:
         """All of it in Prometheus' text format, and the content type."""
