@@ -111,7 +111,7 @@ class Metrics:
         self._told = dict.fromkeys(_ENGINE_COUNTS, 0.0)
         self._blocks = (0, 1)
 
-        self._value = {
+        self._value: dict[str, Any] = {
             name: kind(name, about, [*label], registry=registry).labels(**label)
             for kind, family in ((prometheus.Gauge, _GAUGES), (prometheus.Counter, _COUNTERS))
             for name, about in family.items()
