@@ -48,9 +48,7 @@ class Engine:
         self.name = "model"
         self.vocabulary = model.config.vocab_size
         self.max_model_len = _length(config, model)
-        self._admission = Admission(
-            tokenizer, config, max_model_len=self.max_model_len, vocabulary=self.vocabulary
-        )
+        self._admission = Admission(tokenizer, config, max_model_len=self.max_model_len, vocabulary=self.vocabulary)
         self.eos_ids = self._admission.eos_ids
         self.core = Core(model, config, max_model_len=self.max_model_len, eos_ids=self.eos_ids)
         self.failure: BaseException | None = None
