@@ -15,6 +15,8 @@ from starlette.responses import Response
 
 from .errors import ApiError, encode
 from .limits import Bodies, Life, Limits
+from .metrics import Metrics
+from .page import router
 from .protocol import ChatRequest, CompletionRequest, ErrorBody
 from .security import Guard, KeyRing
 from .service import Service
@@ -40,7 +42,7 @@ def build(engine: Any, settings: ServerSettings, folder: Path | None = None) -> 
     """
     keys = KeyRing(load_keys(settings))
     templates = load_templates(folder, settings)
-    metrics = _metrics(engine)
+    metrics = Metrics(engine)
     service, life = Service(engine, settings, templates, metrics), Life(settings)
 
     @asynccontextmanager
@@ -62,12 +64,6 @@ def build(engine: Any, settings: ServerSettings, folder: Path | None = None) -> 
     return app
 
 
-def _metrics(engine: Any) -> Any:
-    from .metrics import Metrics
-
-    return Metrics(engine)
-
-
 def _json(body: Any, status: int = 200) -> Response:
     return Response(encode(body), status, media_type="application/json")
 
@@ -75,7 +71,9 @@ def _json(body: Any, status: int = 200) -> Response:
 def _as_ours(_: Request, error: Exception) -> Response:
     """An unknown route or method, in OpenAI's shape."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = {404: "there is nothing at this path", 405: "this path does not take that method"}.get(status, "refused")
+    message = {404: "there is nothing at this path", 405: "this path does not take that method"}.get(
+        status, "refused"
+    )
     found = ApiError(status, message)
     allowed = getattr(error, "headers", None) or {}
     return Response(encode(found.body), status, {**found.headers, **allowed}, media_type="application/json")
@@ -99,8 +97,6 @@ def _add_health(app: FastAPI, engine: Any, life: Life) -> None:
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    from .page import router
-
     async def completions(request: Request) -> Response:
         """Go on with prompts."""
         return await service.completions(request)
@@ -129,7 +125,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, post, methods=["POST"], response_class=Response, responses=errors)
     for path, get in (("/v1/models", models), ("/v1/models/{name:path}", model), ("/metrics", metrics)):
         app.add_api_route(path, get, response_class=Response, responses=errors)
-    app.include_router(router())
+    app.include_router(router(service.engine, chat=bool(service.templates.sources)))
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -71,10 +71,11 @@ class Flight:
         left: sequences that have not ended.
     """
 
-    def __init__(self, hub: Hub, engine: Any, metrics: Any, id: str, deadline: float) -> None:
-        """deadline: time.monotonic after which the request fails."""
+    def __init__(self, hub: Hub, engine: Any, metrics: Any, id: str, times: tuple[float, float]) -> None:
+        """times: of the request's arrival, and when it has failed; by time.monotonic."""
         self.id, self.left = id, 0
-        self._hub, self._engine, self._metrics, self._deadline = hub, engine, metrics, deadline
+        self._hub, self._engine, self._metrics = hub, engine, metrics
+        self._arrival, self._deadline = times
         self._under_way: dict[str, int] = {}  # the engine's ids and how many sequences of each have not ended
         self._pieces: list[Piece] = []
         self._wake = asyncio.Event()
@@ -113,7 +114,7 @@ class Flight:
         except BaseException:
             self.left -= self._under_way.pop(id, 0)
             raise
-        self._metrics.begin(id, len(prompt.tokens))
+        self._metrics.begin(id, len(prompt.tokens), self._arrival)
 
     def watch(self, receive: Receive) -> None:
         """Looks out for the client's disconnecting, and for a deadline that the engine misses."""

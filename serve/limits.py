@@ -56,7 +56,10 @@ class Limits:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+                headers = list(message.get("headers", ()))
+                if all(name != b"x-content-type-options" for name, _ in headers):
+                    headers.append((b"x-content-type-options", b"nosniff"))
+                message["headers"] = headers
                 if message["status"] >= 400:
                     self._reject(message["status"])
             await send(message)

@@ -42,7 +42,7 @@ class Service:
 
     def __init__(self, engine: Any, settings: ServerSettings, templates: ChatTemplates, metrics: Any) -> None:
         self.engine, self.settings, self.templates, self.metrics = engine, settings, templates, metrics
-        self.name, self.created = settings.model_name or engine.name, int(time.time())
+        self.name, self.created = engine.name, int(time.time())
         report = engine.report()
         told = "\0".join([self.name, *(str(report.get(name)) for name in _FIXED)])
         self.fingerprint = "fp_" + hashlib.sha256(told.encode()).hexdigest()[:12]
@@ -55,14 +55,15 @@ class Service:
 
     async def completions(self, request: Request) -> Answer:
         """POST /v1/completions."""
+        arrival = time.monotonic()
         body = check(CompletionRequest, await self._body(request))
         self._check_model(body)
         prompts = prompts_of(body)
         if len(prompts) > self.settings.max_prompts:
             message = f"prompt has {len(prompts)} prompts, but at most {self.settings.max_prompts} are taken"
             raise ApiError(400, message, param="prompt")
-        if len(prompts) * (body.best_of or body.n or 1) > self.settings.max_sequences:
-            message = f"prompts times n or best_of is over {self.settings.max_sequences}"
+        if len(prompts) * (body.best_of or body.n or 1) > self.settings.max_choices:
+            message = f"prompts times n or best_of is over {self.settings.max_choices}"
             raise ApiError(400, message, param="n")
         if isinstance(prompts[0], str):
             texts = [one for one in prompts if isinstance(one, str)]
@@ -71,24 +72,26 @@ class Service:
         else:
             ready = [Prompt(one) for one in prompts if not isinstance(one, str)]
         id = f"cmpl-{secrets.token_hex(12)}"
-        return await self._answer(request, body, ready, CompletionShape(*self._shape_of(id, body)))
+        return await self._answer(request, body, ready, CompletionShape(*self._shape_of(id, body)), arrival)
 
     async def chat(self, request: Request) -> Answer:
         """POST /v1/chat/completions."""
+        arrival = time.monotonic()
         body = check(ChatRequest, await self._body(request))
         self._check_model(body)
         for name, most in (("messages", self.settings.max_messages), ("tools", self.settings.max_tools)):
             if len(getattr(body, name) or ()) > most:
                 raise ApiError(400, f"{name} has over {most} entries", param=name)
-        if (body.n or 1) > self.settings.max_sequences:
-            raise ApiError(400, f"n is over {self.settings.max_sequences}", param="n")
+        if (body.n or 1) > self.settings.max_choices:
+            raise ApiError(400, f"n is over {self.settings.max_choices}", param="n")
         tools = bool(body.tools) and body.tool_choice != "none"
         values = rendered(body, self.templates.source(tools))
         self._check_length(sum(len(one["content"]) for one in values["messages"]), "messages")
         text = await self.templates.render(values)
         tokens = await self._encode([text], self._tokenizer("messages").encode, "messages")
         id = f"chatcmpl-{secrets.token_hex(12)}"
-        return await self._answer(request, body, [Prompt(tokens[0])], ChatShape(*self._shape_of(id, body)))
+        shape = ChatShape(*self._shape_of(id, body))
+        return await self._answer(request, body, [Prompt(tokens[0])], shape, arrival)
 
     async def _body(self, request: Request) -> dict[str, Any]:
         return parse_json(await request.body(), self.settings.max_json_depth)
@@ -140,20 +143,20 @@ class Service:
             from ..infer.grammar import GrammarSpec, compile_grammar
 
             spec = GrammarSpec(wanted[0], wanted[1])  # type: ignore[arg-type]
-            return compile_grammar(
-                spec, tokenizer, eos_ids=self.engine.eos_ids, vocabulary=self.engine.vocabulary
-            )
+            return compile_grammar(spec, tokenizer, eos_ids=self.engine.eos_ids, vocabulary=self.engine.vocabulary)
 
         return await self._off_loop(compile, param)
 
-    async def _answer(self, request: Request, body: Generation, prompts: list[Prompt], shape: Shape) -> Answer:
-        deadline = time.monotonic() + self.settings.request_timeout_s
+    async def _answer(
+        self, request: Request, body: Generation, prompts: list[Prompt], shape: Shape, arrival: float
+    ) -> Answer:
+        deadline = arrival + self.settings.request_timeout_s
         params = [sampling(body, len(prompt.tokens), self.engine.max_model_len) for prompt in prompts]
         grammar = await self._grammar(body)
         shape.begin(prompts)
         if self._hub is None:
             self._hub = Hub()
-        flight = Flight(self._hub, self.engine, self.metrics, shape.id, deadline)
+        flight = Flight(self._hub, self.engine, self.metrics, shape.id, (arrival, deadline))
         own = salt(request.scope.get("identity", ""), body.cache_salt)
         try:
             for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):

@@ -54,7 +54,7 @@ class ServerSettings:
 
     max_prompts: int = 64
     """Of one request to /v1/completions."""
-    max_sequences: int = 128
+    max_choices: int = 128
     """Of one request: prompts times n or best_of."""
     max_prompt_characters: int = 1_000_000
     """Of all texts of a request; max_model_len bounds the tokens."""
