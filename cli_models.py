@@ -35,11 +35,11 @@ def generate(
         seed: The same seed gives the same text.
         device: cpu or cuda; empty picks cuda when there is one.
     """
-    from .infer.generate import stream_text
+    from .infer.pipeline import stream_text
 
     text = sys.stdin.read() if prompt == "-" else prompt
     options = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    pieces = stream_text(model, text, max_new_tokens, device=device or None, **options)
+    pieces = stream_text(model, text, max_new_tokens=max_new_tokens, device=device or None, **options)
     print(text, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

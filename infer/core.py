@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from ..models.gpt import GPT
 from .admission import Prepared
 from .blocks import BlockPool
+from .budget import Followed, StepTimes
 from .config import EngineConfig
+from .draft_model import kv_bytes, make_drafter
 from .drafts import Asked, Drafter, Guess
 from .live import Live
 from .memory import count_blocks
@@ -20,7 +22,7 @@ from .request import Key, Request
 from .runner import Ran, Runner
 from .sample_state import SampleState
 from .scheduler import Scheduler
-from .step import Event, SchedulerConfig, Step
+from .step import Budget, Event, SchedulerConfig, Step
 from .traffic import Traffic
 
 log = logging.getLogger("coterie")
@@ -36,15 +38,26 @@ class Core:
         lock: held while the scheduler is told or asked, never while the model runs or a client is told.
         hooks: called after each step.
         drafter: what guesses tokens ahead, None for nothing.
+        times: of steps, where they were measured for the budget.
+        budget: tokens of a step under splitfuse.
     """
 
-    def __init__(self, model: GPT, config: EngineConfig, *, max_model_len: int, eos_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+        eos_ids: tuple[int, ...],
+        draft_model: GPT | None = None,
+    ) -> None:
         self.config = config
         weight, size = model.embed.weight, config.block_size
         self.block_bytes = block_bytes(model.config, size, config.kv_dtype, weight.dtype)
+        drafted = 0 if draft_model is None else kv_bytes(draft_model, config)
         blocks = count_blocks(
             config.kv_memory,
-            self.block_bytes,
+            self.block_bytes + drafted,
             size,
             max_model_len=max_model_len,
             max_sequences=config.max_sequences,
@@ -54,10 +67,15 @@ class Core:
         self.runner = Runner(model, kv)
         self.traffic = Traffic(model, self.block_bytes / size)
         self.pool = BlockPool(blocks, size)
+        self.drafter: Drafter | None = make_drafter(
+            config, draft_model, vocabulary=model.config.vocab_size, blocks=blocks, max_model_len=max_model_len
+        )
+        most = config.max_step_tokens or STEP
+        self.times, self.budget = self._measured(most)
         settings = SchedulerConfig(
             policy=config.policy,
-            budget=config.budget or BUDGET,
-            max_step_tokens=config.max_step_tokens or STEP,
+            budget=self.budget,
+            max_step_tokens=most,
             max_sequences=config.max_sequences,
             max_positions=max_model_len,
             max_queued_requests=config.max_queued_requests,
@@ -68,12 +86,22 @@ class Core:
         self.scheduler = Scheduler(settings, self.pool)
         self.lock = threading.RLock()
         self.hooks: tuple[Hook, ...] = ()
-        self.drafter: Drafter | None = None
         self.live: dict[Key, Live] = {}
         self._states: dict[Key, SampleState] = {}
         self._guesses: dict[Key, Guess] = {}
         self._flight: Step | None = None
         self._stumbled = False
+
+    def _measured(self, most: int) -> tuple[StepTimes | None, int | Budget]:
+        """The times of steps, where the budget follows from them, and the budget."""
+        config = self.config
+        if config.policy != "splitfuse" or config.budget:
+            return None, config.budget or BUDGET
+        target_s = config.itl_target_ms / 1e3
+        times = StepTimes.measure(Followed(self.runner, self.drafter), most=most)
+        budget = times.budget(target_s, each=1 if self.drafter is None else 1 + config.draft_tokens)
+        log.info(times.told(target_s, budget))
+        return times, budget
 
     def add(self, prepared: Prepared) -> None:
         """Queues a request; the lock is held. Raises what `Scheduler.add` does."""
@@ -114,6 +142,10 @@ class Core:
         generated = self._deliver(events, ran)
         if self.drafter is not None:
             self._draft(step)
+        if self.times is not None and step.slices:
+            chosen = [piece for piece in step.slices if piece.wants_logits]
+            context = sum(piece.start for piece in chosen if len(piece.tokens) == 1 + piece.drafts)
+            self.times.observe(step.tokens, len(chosen), context, time.perf_counter() - started)
         if report is not None:
             self._tell(report(generated, time.perf_counter() - started))
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,13 +14,17 @@ from ..models.gpt import GPT
 from ..models.tokenizer import Tokenizer
 from .admission import Admission, CompiledGrammar
 from .config import EngineConfig
-from .core import BUDGET, Core, Hook, log
+from .core import Core, Hook, log
+from .open_model import open_model
 from .outputs import Sink
 from .request import EngineDead, SamplingParams
 
 
 class Engine:
     """Serves one model.
+
+    The model is put into eval mode, and its routers drop no token, whatever `eval_capacity_factor` says: a drop would
+    make an answer depend on who else is in the batch.
 
     `submit` and `abort` may be called from any thread. Either `start` gives it a thread of its own, or one thread at
     a time calls `step`. Deltas come on the thread that runs the steps.
@@ -44,13 +49,16 @@ class Engine:
     ) -> None:
         """Raises ValueError: the settings ask for what the model or the memory cannot give."""
         config = EngineConfig() if config is None else config
+        _keep_all(model)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.name = "model"
         self.vocabulary = model.config.vocab_size
         self.max_model_len = _length(config, model)
         self._admission = Admission(tokenizer, config, max_model_len=self.max_model_len, vocabulary=self.vocabulary)
         self.eos_ids = self._admission.eos_ids
-        self.core = Core(model, config, max_model_len=self.max_model_len, eos_ids=self.eos_ids)
+        self.core = Core(
+            model, config, max_model_len=self.max_model_len, eos_ids=self.eos_ids, draft_model=draft_model
+        )
         self.failure: BaseException | None = None
         self._aborts: set[str] = set()
         self._wake = threading.Condition(self.core.lock)
@@ -60,12 +68,13 @@ class Engine:
     @classmethod
     def open(cls, path: str | Path, config: EngineConfig | None = None) -> Engine:
         """The engine of a model directory, a run, or hf://org/name. Raises what `open_model` and `Engine` do."""
-        from .generate import open_model
-
         config = EngineConfig() if config is None else config
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         model, tokenizer = open_model(path, device=config.device, dtype=dtype)
-        engine = cls(model, tokenizer, config)
+        draft = None
+        if config.draft not in ("", "ngram"):
+            draft, _ = open_model(config.draft, device=config.device, dtype=dtype)
+        engine = cls(model, tokenizer, config, draft_model=draft)
         engine.name = Path(path).name or str(path)
         return engine
 
@@ -225,7 +234,7 @@ class Engine:
             "dtype": str(self.model.embed.weight.dtype).removeprefix("torch."),
             "kv_dtype": config.kv_dtype,
             "policy": config.policy,
-            "budget": config.budget or BUDGET,
+            **_budget(core),
             "max_model_len": self.max_model_len,
             "max_sequences": config.max_sequences,
             "block_size": pool.size,
@@ -240,8 +249,23 @@ class Engine:
         }
 
 
+def _budget(core: Core) -> dict[str, int]:
+    """Tokens of a step beside one decode, and where no sequence decodes; under splitfuse."""
+    if isinstance(core.budget, int):
+        return {"budget": core.budget, "budget_alone": core.budget}
+    return {"budget": core.budget(1, 0), "budget_alone": core.budget(0, 0)}
+
+
 def _length(config: EngineConfig, model: GPT) -> int:
     most = model.config.max_positions
     if config.max_model_len > most:
         raise ValueError(f"max_model_len {config.max_model_len} is over the model's {most} positions")
     return config.max_model_len or most
+
+
+def _keep_all(model: GPT) -> None:
+    limited = [moe.gate for moe in model.moe_layers if moe.gate.config.eval_capacity_factor is not None]
+    for gate in limited:
+        gate.config = replace(gate.config, eval_capacity_factor=None)
+    if limited:
+        log.warning("the model's experts have a capacity outside training: it is served without, and drops nothing")

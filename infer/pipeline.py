@@ -14,10 +14,12 @@ from ..models.gpt import GPT
 from ..models.tokenizer import Tokenizer
 from .config import EngineConfig
 from .engine import Engine
+from .open_model import open_model
 from .outputs import Delta, TokenLogprob
 from .request import FinishReason, Key, QueueFull, SamplingParams
 
 Prompt = str | Sequence[int]
+BUDGET = 2048  # tokens a step
 _WAIT = 0.005  # seconds, where the engine's own thread runs the steps or the queue is full
 
 
@@ -34,7 +36,7 @@ class Generated:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class GenerationError(RuntimeError):
+class GenerationError(ValueError):
     """A sequence ended before its time; the message says why."""
 
 
@@ -64,6 +66,8 @@ class Pipeline:
         """
         params = sampling_params(settings)
         ids = [self._encode(prompt) for prompt in _listed(prompts)]
+        if not ids:
+            raise ValueError("there is no prompt: give a text, token ids, or a list of either")
         box: dict[Key, list[Delta]] = {}
         names: list[str] = []
         try:
@@ -155,16 +159,41 @@ def pipeline(model: str | Path | GPT | Engine, *, tokenizer: Tokenizer | None = 
     """
     if isinstance(model, Engine):
         return Pipeline(model)
-    config = EngineConfig(**_known(settings, EngineConfig))
+    # Nobody waits for single tokens here.
+    config = EngineConfig(**{"budget": BUDGET, **_known(settings, EngineConfig)})
     if isinstance(model, GPT):
         return Pipeline(Engine(model, tokenizer, config))
     return Pipeline(Engine.open(model, config))
+
+
+def stream_text(path: str | Path, prompt: str, *, device: str | None = None, **settings: Any) -> Iterator[str]:
+    """Pieces of the text that goes on with one prompt, from a model that is opened for it alone.
+
+    An empty prompt starts a new document. This call itself refuses, before any piece is asked for.
+
+    Args:
+        path, device: see `open_model`.
+        settings: see `Pipeline`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_model` and `Pipeline`; or the model has no tokenizer.
+    """
+    params = sampling_params(settings)
+    model, tokenizer = open_model(path, device=device)
+    if tokenizer is None:
+        raise FileNotFoundError(f"{path} has no tokenizer.json beside its model, so text cannot be read")
+    ids = encode(tokenizer, prompt)
+    length = min(len(ids) + params.max_tokens, model.config.max_positions)
+    config = EngineConfig(max_model_len=length, max_sequences=1, budget=BUDGET)
+    return Pipeline(Engine(model, tokenizer, config)).stream(ids, **settings)
 
 
 def sampling_params(settings: dict[str, Any]) -> SamplingParams:
     """Of keyword arguments; raises ValueError for one that is not known."""
     settings = dict(settings)
     if "max_new_tokens" in settings:
+        if "max_tokens" in settings:
+            raise ValueError("max_tokens and max_new_tokens are one setting: give one of them")
         settings["max_tokens"] = settings.pop("max_new_tokens")
     if isinstance(settings.get("stop"), str):
         settings["stop"] = (settings["stop"],)

@@ -29,16 +29,9 @@ from .backend import choose
 
 FOLDER = Path(__file__).parent / "native"
 _LIMIT_S = 120  # of one call of the compiler
-_FLAGS = (
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-fPIC",
-    "-fno-exceptions",
-    "-fno-rtti",
-    "-fno-math-errno",
-    "-fopenmp",
-)
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"]
+# No contraction: one expression must round alike wherever it is inlined.
+_FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-ffp-contract=off"]
 _KINDS = (torch.bfloat16, torch.float32)
 
 _lock = threading.Lock()
@@ -50,7 +43,7 @@ _tried = False
 def ready(*tensors: Tensor) -> bool:
     """Whether the library can take these operands: inference mode, contiguous bf16 or fp32 on the CPU, and no other
     backend was forced."""
-    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return False
     for t in tensors:
         if not t.is_cpu or t.dtype not in _KINDS or not t.is_contiguous():
@@ -226,7 +219,6 @@ def _run(command: Sequence[str]) -> str:
 
 def _succeed(command: Sequence[str], code: int, errors: str) -> None:
     if code:
-        lines = (
-            [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["nothing was said"]
-        )
-        raise RuntimeError(f"{command[0]} failed: {lines[0][:300]}")
+        lines = errors.splitlines() or ["nothing was said"]
+        told = next((line for line in lines if "error" in line), lines[0])
+        raise RuntimeError(f"{command[0]} failed: {told[:300]}")

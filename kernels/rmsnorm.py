@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import norm_native
 from .backend import choose, jit, on_device, tl, triton
 
 
@@ -22,6 +23,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis; x (..., D), weight (D,), y like x."""
     _check(x, weight)
+    if norm_native.ready(x, weight):
+        return norm_native.norm(x, weight, eps)
     backend = choose(x, weight)
     if backend == "reference":
         return rms_norm_reference(x, weight, eps)
@@ -37,6 +40,8 @@ def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         raise ValueError(
             f"rms_norm_add: x is {tuple(x.shape)} {x.dtype}, residual {tuple(residual.shape)} {residual.dtype}"
         )
+    if norm_native.ready(x, weight, residual):
+        return norm_native.norm_add(x, residual, weight, eps)
     backend = choose(x, weight)
     if backend == "reference":
         h = x + residual

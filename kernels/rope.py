@@ -5,11 +5,14 @@ Shapes: B batch, S sequence, H heads, d head width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from ctypes import c_int, c_long, c_void_p
 
 import torch
 from torch import Tensor
 
+from . import native
 from .backend import choose, jit, on_device, tl, triton
 
 
@@ -50,6 +53,52 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if backend == "torch" and not (torch.is_grad_enabled() and x_BSHd.requires_grad):
         return _rotate_torch(x_BSHd, cos, sin, 1)
     return _rope(x_BSHd, cos, sin, False)
+
+
+def rope_both(q_BSHd: Tensor, k_BSGd: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rope` of queries and keys, in one call where inference runs on a CPU."""
+    batch, sequence, heads, width = q_BSHd.shape
+    if not (native.ready(cos, sin) and cos.dtype == sin.dtype == torch.float32 and _by_token(q_BSHd, k_BSGd)):
+        return rope(q_BSHd, cos, sin), rope(k_BSGd, cos, sin)
+    if cos.shape not in ((sequence, width // 2), (batch, sequence, width // 2)) or sin.shape != cos.shape:
+        raise ValueError(f"rope: q {tuple(q_BSHd.shape)} with cos {tuple(cos.shape)} and sin {tuple(sin.shape)}")
+    q_out, k_out = q_BSHd.new_empty(q_BSHd.shape), k_BSGd.new_empty(k_BSGd.shape)
+    _functions()[q_BSHd.dtype](
+        q_BSHd.data_ptr(),
+        k_BSGd.data_ptr(),
+        q_BSHd.stride(1),
+        k_BSGd.stride(1),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+        batch * sequence,
+        sequence if cos.dim() == 2 else batch * sequence,
+        heads,
+        k_BSGd.shape[2],
+        width // 2,
+        torch.get_num_threads(),
+    )
+    return q_out, k_out
+
+
+def _by_token(q_BSHd: Tensor, k_BSGd: Tensor) -> bool:
+    """Whether every token's heads lie side by side, and all tokens at one distance."""
+    if q_BSHd.dtype != k_BSGd.dtype or q_BSHd.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    for x in (q_BSHd, k_BSGd):
+        batch, sequence, _, width = x.shape
+        across, along, between, within = x.stride()
+        if within != 1 or between != width or (batch > 1 and across != sequence * along):
+            return False
+    return q_BSHd.shape[:2] == k_BSGd.shape[:2] and q_BSHd.shape[3] == k_BSGd.shape[3]
+
+
+@functools.cache
+def _functions() -> dict[torch.dtype, Callable[..., None]]:
+    kinds = [c_void_p] * 2 + [c_long] * 2 + [c_void_p] * 4 + [c_long] * 5 + [c_int]
+    names = {torch.bfloat16: "rope_bf16", torch.float32: "rope_fp32"}
+    return {dtype: native.function(name, *kinds) for dtype, name in names.items()}
 
 
 def _rotate_torch(x_BSHd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels import native
 from ..kernels.cross_entropy import linear_cross_entropy
+from ..kernels.linear import linear
 from ..kernels.rope import rope_table
 from ..moe.balance import model_balance_loss, update_bias
 from ..moe.experts import FeedForward, identity
@@ -250,4 +252,5 @@ def _loss(x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
 
 
 def _logits(x_BSD: Tensor, weight_VD: Tensor, keep: int) -> Tensor:
-    return x_BSD[:, -keep:] @ weight_VD.T
+    x_BSD = x_BSD[:, -keep:]
+    return linear(x_BSD, weight_VD) if native.ready(x_BSD, weight_VD) else x_BSD @ weight_VD.T

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import norm_native
 from ..kernels.linear import linear
 from ..kernels.rmsnorm import rms_norm, rms_norm_add
 from ..moe.experts import identity
@@ -38,12 +39,16 @@ class Norm(nn.Module):
         """(..., D) -> (..., D)."""
         if self.bias is None:
             return rms_norm(x, self.share(self.weight), self.eps)
+        if norm_native.ready(x, self.weight, self.bias):
+            return norm_native.norm(x, self.weight, self.eps, self.bias)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual): one pass where the kernel can."""
         if self.bias is None:
             return rms_norm_add(x, residual, self.weight, self.eps)
+        if norm_native.ready(x, self.weight, self.bias, residual):
+            return norm_native.norm_add(x, residual, self.weight, self.eps, self.bias)
         total = x + residual
         return self(total), total
 

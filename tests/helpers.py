@@ -41,3 +41,32 @@ class Held:
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
         return self.tensors[name][box] if box else self.tensors[name]
+
+
+def greedy(model, rows, tokens: int) -> list[list[int]]:
+    """What the engine goes on with, a list for each row of ids; no id ends it."""
+    from coterie.infer.pipeline import pipeline
+
+    prompts = [row.tolist() for row in rows]
+    found = pipeline(model)(prompts, temperature=0.0, max_new_tokens=tokens, ignore_eos=True)
+    return [list(one.tokens) for one in found]
+
+
+def stepwise(model, tokens_BS: Tensor, pieces: list[int], size: int = 4):
+    """Logits of each piece of the sequences, (B, S, V), from passes over blocks of keys and values."""
+    from coterie.infer.paged import KVPool, PagedCache
+    from coterie.infer.step import Slice
+
+    batch, length = tokens_BS.shape
+    each = -(-length // size)
+    pool = KVPool(model.config, batch * each, size, model_dtype=model.embed.weight.dtype)
+    cache, start = PagedCache(pool), 0
+    for count in pieces:
+        slices = [
+            Slice(("x", b), start, tuple(row[start : start + count]), tuple(range(b * each, (b + 1) * each)), True)
+            for b, row in enumerate(tokens_BS.tolist())
+        ]
+        with torch.inference_mode():
+            out = model(*cache.begin(slices), cache=cache)
+        yield out.logits_BSV[0].unflatten(0, (batch, count))
+        start += count

@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 import transformers
-from helpers import assert_close_rms
+from helpers import assert_close_rms, greedy
 from hf_models import CASES, opened, saved, tokens_for
 
 from coterie.cli import main
-from coterie.infer.generate import generate
 from coterie.models.config import ModelConfig
 from coterie.models.tokenizer import train_bpe
 from coterie.models.weights import load_model, read_config, save_model
@@ -115,7 +114,7 @@ def test_what_no_architecture_expresses(tmp_path: Path, capsys: pytest.CaptureFi
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == 0
     ids = torch.tensor([tokenizer("some text").input_ids])
-    expected = [int(token) for token in generate(model, ids, 5, temperature=0)]
+    expected = greedy(model, ids, 5)[0]
     with torch.no_grad():
         found = theirs.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
     assert found.tolist() == expected

@@ -234,7 +234,7 @@ def test_text_that_cannot_be_made_ends_its_request_alone(monkeypatch: pytest.Mon
 
     served = engine(text=True)
     bad, good = ask(served, prompt(5), seed=1), ask(served, prompt(9))
-    marked = served.core.live[bad.id, 0].text  # type: ignore[attr-defined]
+    marked = served.core.live[bad.id, 0].text
     push = StoppingText.push
 
     def broken(self, token: int) -> str:
@@ -351,7 +351,7 @@ def test_two_requests_of_one_id_and_a_full_queue_are_refused() -> None:
         ask(served, prompt(3))
     drain(served)
     assert first.finish() == "length"
-    assert ask(served, prompt(3), id="a").id == "a"  # type: ignore[attr-defined]
+    assert ask(served, prompt(3), id="a").id == "a"
     drain(served)
 
 

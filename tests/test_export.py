@@ -15,7 +15,7 @@ from runs import build, small_config, small_model
 from safetensors.torch import load_file
 
 from coterie.cli import main
-from coterie.infer.generate import open_model
+from coterie.infer.open_model import open_model
 from coterie.models.gpt import GPT
 from coterie.models.parallelize import parallelize
 from coterie.models.tokenizer import Tokenizer, train_bpe

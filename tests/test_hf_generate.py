@@ -9,7 +9,7 @@ import torch
 from hf_models import FAMILIES, config_for, model_of, opened
 
 from coterie.cli import main
-from coterie.infer.generate import stream_text
+from coterie.infer.pipeline import stream_text
 from coterie.models.tokenizer import TextStream, Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -89,13 +89,13 @@ def test_what_ends_a_text(tmp_path: Path, generation, config, eos: int, ends: tu
 
 def test_any_of_several_ends_stops(tmp_path: Path) -> None:
     _model(tmp_path, "llama")
-    text = list(stream_text(tmp_path, "the cat", 8, temperature=0.0))
+    text = list(stream_text(tmp_path, "the cat", max_new_tokens=8, temperature=0.0))
     tokenizer = Tokenizer(tmp_path)
     ids = opened(tmp_path).generate(torch.tensor([[1, 4, 5]]), max_new_tokens=8, do_sample=False, pad_token_id=0)
     last = ids[0, 5].item()
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": [10**6 % 9999, last]}))
-    shorter = "".join(stream_text(tmp_path, "the cat", 8, temperature=0.0))
+    shorter = "".join(stream_text(tmp_path, "the cat", max_new_tokens=8, temperature=0.0))
     assert shorter == tokenizer.decode(ids[0, :5].tolist())[len("the cat") :]
     assert len(shorter) < len("".join(text))
 

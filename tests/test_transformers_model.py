@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close_rms
+from helpers import assert_close_rms, greedy
 from runs import build, sequence, small_model
 from torch import Tensor
 
-from coterie.infer.generate import generate
 from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT
 from coterie.models.presets import gpt_350m_mos, tiny_pr_moe
@@ -99,7 +98,7 @@ def test_one_directory_for_both(model: GPT, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_generate_gives_our_tokens(model: GPT) -> None:
     theirs, ids = wrapped(model), torch.stack(tokens(7, 7))
-    expected = torch.stack(list(generate(model, ids, 6, temperature=0)), 1)
+    expected = torch.tensor(greedy(model, ids, 6))
     assert torch.equal(theirs.generate(ids, max_new_tokens=6, do_sample=False)[:, 7:], expected)
     assert len(expected.unique()) > 1, "tokens that never change would hide a wrong cache"
 
@@ -116,8 +115,7 @@ def test_prompts_of_several_lengths_generate_what_each_does_alone(model: GPT) ->
     theirs, rows = wrapped(model), tokens(9, 4, 6)
     ids, mask = pad(rows, left=True)
     found = theirs.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 9:]
-    for row, got in zip(rows, found, strict=True):
-        assert got.tolist() == [int(t) for t in generate(model, row[None], 6, temperature=0)]
+    assert found.tolist() == greedy(model, rows, 6)
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def _show(folder: Path, results: dict[str, Any], page: Path, seconds: float) -> 
     from rich.console import Console
     from rich.table import Table
 
-    from ..infer.generate import stream_text
+    from ..infer.pipeline import stream_text
 
     table = Table("model", "validation loss (nats/token)", "training tokens", "tokens/s")
     for name, row in sorted(results.items(), key=lambda item: item[1]["valid_loss"]):
@@ -118,7 +118,7 @@ def _show(folder: Path, results: dict[str, Any], page: Path, seconds: float) -> 
     console.print(table)
     model = folder / RUNS["PR-MoE"]
     for seed, prompt in enumerate(PROMPTS):
-        pieces = stream_text(model, prompt, 60, device="cpu", temperature=0.7, top_p=0.95, seed=seed)
+        pieces = stream_text(model, prompt, max_new_tokens=60, device="cpu", temperature=0.7, top_p=0.95, seed=seed)
         console.rule(f"completion {seed + 1}")
         console.print(prompt + "".join(pieces), markup=False, highlight=False)
     console.rule()

@@ -1,0 +1,59 @@
+"""The model of a directory, as users name it: a model, a run, or one of the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..models.gpt import GPT
+from ..models.hub import resolve
+from ..models.tensor_files import has_weights
+from ..models.tokenizer import Tokenizer
+from ..models.weights import load_model
+
+
+def open_model(
+    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[GPT, Tokenizer | None]:
+    """The model of a model directory, or of a run directory's `model/`, and its tokenizer if it has one.
+
+    Args:
+        path: the directory, or hf://org/name[@revision].
+        device: None: cuda where there is one, else cpu.
+        dtype: None: as stored.
+
+    Raises:
+        FileNotFoundError: the directory holds no model; the message says what was found instead.
+        ValueError: its files do not fit together, or there is no such device.
+    """
+    at = _device(device)  # before anything is fetched
+    folder = _model_folder(resolve(path))
+    # The small file first: a damaged one is told before the weights are read.
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    return load_model(folder, device=at, dtype=dtype).eval(), tokenizer
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is not one of cpu, cuda") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def _model_folder(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: give a model directory or a run directory")
+    for folder in (path, path / "model"):
+        if has_weights(folder):
+            return folder
+    if (path / "metrics.jsonl").exists() or (path / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"the run in {path} has not written its model/ yet: it does so at its end, so resume it and let it finish"
+        )
+    pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+    why = f", and {pickles[0].name} is a pickle, which is never opened" if pickles else ""
+    raise FileNotFoundError(f"{path} is not a model directory: it has no model.safetensors{why}")
