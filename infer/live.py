@@ -66,6 +66,7 @@ class Live:
             event.error,
             self.told,
             self.request.cached,
+            max(0.0, (self.request.started or self.request.arrival) - self.request.arrival),
         )
 
     def fail(self, why: str) -> Delta:

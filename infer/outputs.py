@@ -43,6 +43,8 @@ class Delta:
     """Tokens so far, these included."""
     cached: int = 0
     """Prompt tokens that the prefix cache held."""
+    queued: float = 0.0
+    """Seconds from the request's arrival until it was first given blocks."""
 
 
 Sink = Callable[[Delta], None]

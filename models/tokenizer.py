@@ -21,6 +21,17 @@ _OPEN = 3  # characters: some decoders give one for each byte that waits
 _CONTEXT = 8  # ids
 
 
+def _byte_characters() -> dict[str, int]:
+    """The character by which byte-level BPE writes each byte: itself where it can be seen, else one from 256 on
+    (GPT-2's encoder.py, `bytes_to_unicode`)."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+_BYTES = _byte_characters()
+
+
 class Tokenizer:
     """Text to ids and back.
 
@@ -85,6 +96,20 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """What a token by itself stands for, which may be a part of a character; None: no id of this vocabulary, or
+        not known."""
+        piece = self._inner.id_to_token(token)
+        if piece is None:
+            return None
+        text = self.decode([token], skip_special=False)
+        if "\ufffd" not in text:
+            return text.encode()
+        if len(piece) == 6 and piece.startswith("<0x"):
+            return bytes([int(piece[3:5], 16)])
+        codes = [_BYTES.get(char) for char in piece]
+        return None if None in codes else bytes(code for code in codes if code is not None)
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer.json at `path`, and beside it what else `files` has."""

@@ -1,0 +1,36 @@
+"""`coterie serve`: one model behind OpenAI's API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .infer.config import EngineConfig
+from .serve.settings import ServerSettings
+
+Flat = tyro.conf.arg(prefix_name=False)
+
+
+def serve(
+    model: tyro.conf.Positional[Path],
+    server: Annotated[ServerSettings, Flat] = ServerSettings(),
+    engine: Annotated[EngineConfig, Flat] = EngineConfig(),
+) -> None:
+    """Serve a model over HTTP: OpenAI's /v1/completions and /v1/chat/completions, metrics, and a page to try it.
+
+    Args:
+        model: A directory of a model, ours or Hugging Face's, of a run, or hf://org/name.
+        server: Where to listen, for whom, and the limits.
+        engine: How the model is run.
+    """
+    from .serve.settings import load_keys
+
+    load_keys(server)  # what is wrong with the keys is told before the model is loaded
+    try:
+        from .serve.run import serve_model
+    except ModuleNotFoundError as error:
+        message = f"serving needs the package {error.name}: pip install 'coterie[serve]'"
+        raise ModuleNotFoundError(message) from None
+    raise SystemExit(serve_model(model, server, engine))

@@ -1,0 +1,169 @@
+"""One process that serves: uvicorn in our own loop, which knows how to stop and what to do when the engine fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from ..infer.config import EngineConfig
+from ..models.hub import is_remote, resolve
+from .app import build
+from .connection import connection_class
+from .limits import Life
+from .settings import ServerSettings
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_TICK = 0.05  # seconds between looks at the engine
+_LAST_WORDS = 2.0  # seconds for streams to tell of an end that the engine gave them
+_log = logging.getLogger("coterie")
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(
+    engine: Any,
+    settings: ServerSettings,
+    folder: Path | None = None,
+    *,
+    ready: Callable[[str], None] = print,
+) -> int:
+    """Serves until a signal or the engine's failure; starts the engine and stops it.
+
+    The first SIGTERM or SIGINT stops admission; what is under way may end within `drain_s`, then it is aborted. A
+    second one ends the process at once.
+
+    Args:
+        engine: not started.
+        settings: of the server.
+        folder: the model's directory, for its chat template.
+        ready: is given one line with the address when requests are taken.
+
+    Returns: the exit status: 0, or 1 where the engine failed.
+
+    Raises:
+        ValueError: the settings are refused, or nothing can listen at the address.
+    """
+    app = build(engine, settings, folder)
+    listener = _listen(settings)
+    with contextlib.closing(listener):
+        return asyncio.run(_run(engine, app, settings, listener, ready))
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    """Bound before anything is said to be ready; whoever has the port already is told of."""
+    try:
+        family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        where = f"{settings.host} port {settings.port}"
+        raise ValueError(f"cannot listen at {where}: {error.strerror or error}") from None
+    return listener
+
+
+def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=connection_class(settings),
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,  # paths and addresses are not kept; metrics count
+        proxy_headers=False,
+        server_header=False,
+        h11_max_incomplete_event_size=settings.max_header_bytes,
+        timeout_keep_alive=max(1, round(settings.keep_alive_s)),
+        timeout_graceful_shutdown=max(1, round(_LAST_WORDS)),
+        backlog=min(2048, settings.max_connections),
+    )
+
+
+async def _run(
+    engine: Any, app: FastAPI, settings: ServerSettings, listener: socket.socket, ready: Callable[[str], None]
+) -> int:
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    server = _Server(_config(app, settings))
+    stop = asyncio.Event()
+    _watch_signals(stop)
+    engine.start()
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    if not serving.done():
+        ready(_line(engine, settings, listener))
+        sys.stdout.flush()
+    while not serving.done() and not stop.is_set() and engine.failure is None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), _TICK)
+    failed = engine.failure is not None
+    await _end(engine, app.state.life, 0.0 if failed else settings.drain_s)
+    server.should_exit = True
+    await serving
+    if engine.failure is not None:
+        _log.critical("the engine has failed (%s): the server ends", type(engine.failure).__name__)
+    return int(engine.failure is not None)
+
+
+def _watch_signals(stop: asyncio.Event) -> None:
+    def told(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, told, number)
+
+
+async def _end(engine: Any, life: Life, seconds: float) -> None:
+    """Takes no more requests, waits for those under way, aborts the rest and lets them say so."""
+    life.draining = True
+    await _until(lambda: life.active == 0 or engine.failure is not None, seconds)
+    if engine.alive:
+        await asyncio.to_thread(engine.stop, 0.0)
+    await _until(lambda: life.active == 0, _LAST_WORDS)
+
+
+async def _until(done: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not done() and time.monotonic() < end:
+        await asyncio.sleep(_TICK / 5)
+
+
+def _line(engine: Any, settings: ServerSettings, listener: socket.socket) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    name = settings.model_name or engine.name
+    return f"coterie serves {name} at http://{host}:{listener.getsockname()[1]} (OpenAI's API under /v1)"
+
+
+def serve_model(model: Path, settings: ServerSettings, config: EngineConfig) -> int:
+    """Opens a model and serves it; see `serve`. Raises what `Engine.open` and `serve` do."""
+    from ..infer.engine import Engine
+    from ..infer.generate import model_folder
+
+    folder = model_folder(resolve(model))
+    engine = Engine.open(folder, config)
+    if is_remote(model):
+        engine.name = str(model).partition(":")[2].strip("/").partition("@")[0]
+    elif folder.name == "model" and folder.resolve() != model.resolve():
+        engine.name = model.resolve().name  # of a run's directory its own name
+    return serve(engine, settings, folder)
