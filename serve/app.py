@@ -75,7 +75,9 @@ def _json(body: Any, status: int = 200) -> Response:
 def _as_ours(_: Request, error: Exception) -> Response:
     """An unknown route or method, in OpenAI's shape."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = {404: "there is nothing at this path", 405: "this path does not take that method"}.get(status, "refused")
+    message = {404: "there is nothing at this path", 405: "this path does not take that method"}.get(
+        status, "refused"
+    )
     found = ApiError(status, message)
     allowed = getattr(error, "headers", None) or {}
     return Response(encode(found.body), status, {**found.headers, **allowed}, media_type="application/json")

@@ -23,7 +23,9 @@ def _message(message: Message, template: str) -> dict[str, Any]:
     if message.role == "developer" and "developer" not in template:
         told["role"] = "system"  # OpenAI's later name for it, which most templates do not know
     content = message.content
-    told["content"] = content if isinstance(content, str) else "".join(p.text or p.refusal or "" for p in content or ())
+    told["content"] = (
+        content if isinstance(content, str) else "".join(p.text or p.refusal or "" for p in content or ())
+    )
     if message.tool_calls:
         told["tool_calls"] = [_call(call.model_dump()) for call in message.tool_calls]
     return told

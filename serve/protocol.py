@@ -27,7 +27,9 @@ def _biases(value: Any) -> Any:
         return value
     if len(value) > MOST_BIASES:
         raise ValueError(f"has {len(value)} entries, but at most {MOST_BIASES} are taken")
-    return {int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key: value[key] for key in value}
+    return {
+        int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key: value[key] for key in value
+    }
 
 
 Biases = Annotated[
@@ -176,7 +178,9 @@ class CompletionRequest(Generation):
         if self.best_of is not None and self.best_of < n:
             raise ApiError(400, f"best_of {self.best_of} is under n {n}", param="best_of")
         if self.stream and (self.best_of or n) > n:
-            raise ApiError(400, "best_of over n cannot be streamed: which are best is known at the end", param="best_of")
+            raise ApiError(
+                400, "best_of over n cannot be streamed: which are best is known at the end", param="best_of"
+            )
         if self.echo and self.logprobs is not None:
             raise ApiError(400, "echo with logprobs is not served: prompts have no logprobs here", param="echo")
         return self

@@ -140,9 +140,7 @@ class Service:
             from ..infer.grammar import GrammarSpec, compile_grammar
 
             spec = GrammarSpec(wanted[0], wanted[1])  # type: ignore[arg-type]
-            return compile_grammar(
-                spec, tokenizer, eos_ids=self.engine.eos_ids, vocabulary=self.engine.vocabulary
-            )
+            return compile_grammar(spec, tokenizer, eos_ids=self.engine.eos_ids, vocabulary=self.engine.vocabulary)
 
         return await self._off_loop(compile, param)
 

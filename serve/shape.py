@@ -40,7 +40,9 @@ class Shape:
 
     object = chunk_object = ""
 
-    def __init__(self, id: str, model: str, fingerprint: str, request: Generation, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, id: str, model: str, fingerprint: str, request: Generation, tokenizer: Tokenizer | None
+    ) -> None:
         self.id, self.created = id, int(time.time())
         self.model, self.fingerprint = model, fingerprint
         self.request, self.tokenizer = request, tokenizer
@@ -59,7 +61,9 @@ class Shape:
         index, choice, new = self._take(piece)
         delta = piece.delta
         told = delta.text or delta.finish or new or (delta.tokens and (self.request.return_token_ids or delta.routes))
-        return [self._envelope(one, self.chunk_object) for one in self.part(index, choice, piece, new)] if told else []
+        return (
+            [self._envelope(one, self.chunk_object) for one in self.part(index, choice, piece, new)] if told else []
+        )
 
     def add(self, piece: Piece) -> None:
         """Keeps a delta for `answer`."""

@@ -70,7 +70,9 @@ def _render(template: Any, values: dict[str, Any], most: int) -> dict[str, Any]:
     except RecursionError:
         return {"error": "the chat template nests too deeply"}
     except Exception as error:
-        return {"error": f"the chat template does not take these messages: {str(error)[:300] or type(error).__name__}"}
+        return {
+            "error": f"the chat template does not take these messages: {str(error)[:300] or type(error).__name__}"
+        }
     return {"text": "".join(pieces)}
 
 
