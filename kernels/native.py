@@ -19,43 +19,37 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .backend import choose
+from .backend import is_torch_on_cpu
 
 FOLDER = Path(__file__).parent / "native"
 _LIMIT_S = 120  # of one call of the compiler
-_FLAGS = (
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-fPIC",
-    "-fno-exceptions",
-    "-fno-rtti",
-    "-fno-math-errno",
-    "-fopenmp",
-)
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"]
+# No contraction: one expression must round alike wherever it is inlined.
+_FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-ffp-contract=off"]
 _KINDS = (torch.bfloat16, torch.float32)
 
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _why: str | None = None
 _tried = False
+_heard: Callable[[Callable[..., None], tuple[float | None, ...]], None] | None = None
 
 
 def ready(*tensors: Tensor) -> bool:
     """Whether the library can take these operands: inference mode, contiguous bf16 or fp32 on the CPU, and no other
     backend was forced."""
-    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return False
     for t in tensors:
         if not t.is_cpu or t.dtype not in _KINDS or not t.is_contiguous():
             return False
-    return (_library is not None or library() is not None) and choose(*tensors) == "torch"
+    return (_library is not None or library() is not None) and is_torch_on_cpu()
 
 
 def library() -> ctypes.CDLL | None:
@@ -79,7 +73,7 @@ def why_not() -> str | None:
     return _why
 
 
-def function(name: str, *kinds: type) -> ctypes._NamedFuncPointer:
+def function(name: str, *kinds: type) -> Callable[..., None]:
     """The C function `name` of the library, which must be there, with the types of its arguments; it returns nothing.
 
     Pointers are passed as integers (`Tensor.data_ptr`) for `ctypes.c_void_p`, and None is a null pointer.
@@ -88,7 +82,25 @@ def function(name: str, *kinds: type) -> ctypes._NamedFuncPointer:
     assert handle is not None
     entry = getattr(handle, name)
     entry.argtypes, entry.restype = kinds, None
-    return entry
+
+    def call(*args: float | None) -> None:
+        entry(*args)
+        if _heard is not None:
+            _heard(entry, args)
+
+    return call
+
+
+@contextlib.contextmanager
+def hear(listener: Callable[[Callable[..., None], tuple[float | None, ...]], None]) -> Iterator[None]:
+    """Tells `listener` of every call of the library in the block, once it is done: one block at a time."""
+    global _heard
+    assert _heard is None
+    _heard = listener
+    try:
+        yield
+    finally:
+        _heard = None
 
 
 _log = logging.getLogger("coterie")
@@ -226,7 +238,6 @@ def _run(command: Sequence[str]) -> str:
 
 def _succeed(command: Sequence[str], code: int, errors: str) -> None:
     if code:
-        lines = (
-            [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["nothing was said"]
-        )
-        raise RuntimeError(f"{command[0]} failed: {lines[0][:300]}")
+        lines = errors.splitlines() or ["nothing was said"]
+        told = next((line for line in lines if "error" in line), lines[0])
+        raise RuntimeError(f"{command[0]} failed: {told[:300]}")

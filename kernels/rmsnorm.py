@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import norm_native
 from .backend import choose, jit, on_device, tl, triton
 
 
@@ -21,6 +22,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis; x (..., D), weight (D,), y like x."""
+    if norm_native.ready(x, weight):
+        return norm_native.norm(x, weight, eps)
     _check(x, weight)
     backend = choose(x, weight)
     if backend == "reference":
@@ -32,6 +35,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns (rms_norm(h), h) of h = x + residual; both (..., D) of one dtype."""
+    if norm_native.ready(x, weight, residual=residual):
+        return norm_native.norm_add(x, residual, weight, eps)
     _check(x, weight)
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels import gate_native
 from ..kernels.gate import Gated, gate
 from ..kernels.linear import linear
 from ..kernels.permute import plan_rows
@@ -115,6 +117,9 @@ class Gate(nn.Module):
             generator: draws the noise in place of the layer's own.
             losses: False leaves aux, z and the entropy at 0, as generation reads none of them.
         """
+        asked = valid_T is None and replay_TK is None
+        if asked and not losses and self._is_plain() and gate_native.ready(x_TD, self.weight, self.bias_E):
+            return self._infer(x_TD)
         if generator is None:
             generator = self._own_generator(x_TD.device, replaying=replay_TK is not None)
         logits_TE = self._logits(x_TD, generator)
@@ -130,6 +135,26 @@ class Gate(nn.Module):
             aux, z, entropy, balance = self._losses(logits_TE, gated, valid_T, sequence_length, history_E)
         stats = Stats(gated.counts_E, kept_E, entropy, kept_E.sum(), tokens)
         return Routing(gated.ids_TK, ids_TK, weights_TK, aux, z, stats, balance)
+
+    def _is_plain(self) -> bool:
+        """No noise and no drops: the choice is a function of the token alone."""
+        return not self.training and self.config.eval_capacity_factor is None
+
+    def _infer(self, x_TD: Tensor) -> Routing:
+        config = self.config
+        ids_TK, weights_TK, counts_E = gate_native.route(
+            x_TD,
+            self.weight,
+            self.bias_E,
+            self.top_k,
+            score=config.score,
+            groups=config.groups,
+            topk_groups=config.topk_groups,
+            renormalize=config.renormalize != "none" and self.top_k > 1,
+            scale=config.route_scale,
+        )
+        zero, tokens, rows = (constant(n, x_TD.device) for n in (0.0, len(x_TD), ids_TK.numel()))
+        return Routing(ids_TK, ids_TK, weights_TK, zero, zero, Stats(counts_E, counts_E, zero, rows, tokens))
 
     def _losses(
         self,
@@ -268,6 +293,13 @@ def seed_noise(module: nn.Module, seed: int, step: int, rank: int = 0) -> None:
     for layer, one in enumerate(gates):
         one.noise_seed = (seed * 1_000_003 + rank) * 1_009 + layer + 1
         one.draws = step << 20  # micro-batches count on from here
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def constant(value: float, device: torch.device) -> Tensor:
+    """An int64 or fp32 scalar, the same tensor for every caller: it must not be written to."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64, device=device)
 
 
 def _identity(counts_E: Tensor) -> Tensor:

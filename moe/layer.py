@@ -76,7 +76,9 @@ class MoE(nn.Module):
         finish = self.dispatch.start(x_TD, routing)  # rows travel while the dense parts compute
         mix_T2, residual_TD, shared_TD = self._beside(x_TD)
         y_TD = finish(self.experts)
-        routing = routing._replace(stats=routing.stats._replace(rows=self.dispatch.rows(routing)))
+        rows = self.dispatch.rows(routing)
+        if rows is not routing.stats.rows:
+            routing = routing._replace(stats=routing.stats._replace(rows=rows))
         if mix_T2 is not None and residual_TD is not None:
             mix_T2 = mix_T2.to(y_TD.dtype)
             y_TD = torch.addcmul(y_TD * mix_T2[:, :1], residual_TD, mix_T2[:, 1:])

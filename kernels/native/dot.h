@@ -37,27 +37,33 @@ template <int COUNT> static inline void sums(const vec *a, float *out) {
         sums<COUNT - 16>(a + 16, out + 16);
     } else if constexpr (COUNT >= 6) {
         vec padded[16];
-        float all[16];
+        float sixteen[16];
         for (int i = 0; i < 16; i++) padded[i] = a[i < COUNT ? i : 0];
-        sums16(padded, all);
-        memcpy(out, all, COUNT * sizeof(float));
+        sums16(padded, sixteen);
+        memcpy(out, sixteen, COUNT * sizeof(float));
     } else {
         for (int i = 0; i < COUNT; i++) out[i] = sum(a[i]);
     }
 }
 
-// out[m * N + n] = sum over k of x[m][k] * w[n * stride + k], in fp32. Tiles up to 6 x 4 or 1 x 8 stay in registers.
-template <int M, int N, class X, class W>
+// out[m * N + n] = sum over k of x[m][k] * w[n * stride + k], in fp32. The best tile is 4 x 4, and 1 x 8 or 2 x 8 of
+// fewer rows. With AHEAD the next N rows of w are fetched meanwhile: four streams do not keep the memory busy, eight do.
+template <int M, int N, bool AHEAD = false, class X, class W>
 static inline __attribute__((always_inline)) void dots(const X *const *x, const W *w, long stride, long K, float *out) {
     using step = Step<X, W>;
     vec acc[M * N];
     const X *row[M];
-    for (int i = 0; i < M * N; i++) acc[i] = zeros();
-    for (int m = 0; m < M; m++) row[m] = x[m];
+    for (int m = 0; m < M; m++) {
+        row[m] = x[m];
+        for (int n = 0; n < N; n++) acc[m * N + n] = zeros();
+    }
     long k = 0;
     for (; k + step::K <= K; k += step::K) {
         typename step::operand wide[N];
-        for (int n = 0; n < N; n++) wide[n] = step::take(w + n * stride + k);
+        for (int n = 0; n < N; n++) {
+            wide[n] = step::take(w + n * stride + k);
+            if (AHEAD) __builtin_prefetch(w + (N + n) * stride + k);
+        }
         for (int m = 0; m < M; m++) {
             auto own = step::take(row[m] + k);
             for (int n = 0; n < N; n++) acc[m * N + n] = step::add(own, wide[n], acc[m * N + n]);

@@ -12,6 +12,9 @@
 #include <immintrin.h>
 #endif
 
+// total / parts, rounded up.
+static inline long share(long total, long parts) { return (total + parts - 1) / parts; }
+
 struct bf16 {
     uint16_t bits;
 };
@@ -67,6 +70,7 @@ static inline vec mul(vec a, vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline vec div(vec a, vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline vec larger(vec a, vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline vec fma(vec a, vec b, vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a b + c
+static inline vec keep(vec a, long n) { return {_mm512_maskz_mov_ps(first(n), a.v)}; }  // the other lanes 0
 
 // The sum of all lanes: halves, quarters, pairs. Every sum in this folder has this order.
 static inline float sum(vec a) {
@@ -130,12 +134,12 @@ struct vec {
 };
 
 template <class T> static inline vec load_part(const T *p, long n);
-static inline vec zeros() { return {}; }
 static inline vec all(float value) {
     vec a;
     for (int i = 0; i < LANES; i++) a.v[i] = value;
     return a;
 }
+static inline vec zeros() { return all(0.0f); }
 static inline vec load(const float *p) {
     vec a;
     memcpy(&a, p, sizeof a);
@@ -155,7 +159,14 @@ static inline vec larger(vec a, vec b) {
     for (int i = 0; i < LANES; i++) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return a;
 }
-static inline vec fma(vec a, vec b, vec c) { return {a.v * b.v + c.v}; }
+static inline vec fma(vec a, vec b, vec c) {
+#ifdef __FP_FAST_FMAF
+    for (int i = 0; i < LANES; i++) a.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+    return a;
+#else
+    return {a.v * b.v + c.v};
+#endif
+}
 static inline float sum(vec a) {
     float q[4];
     for (int i = 0; i < 4; i++) q[i] = a.v[i] + a.v[i + 4];
@@ -180,6 +191,11 @@ template <class T> static inline void store_part(T *p, vec a, long n) {
     T part[LANES];
     store(part, a);
     memcpy(p, part, size_t(n < LANES ? n : LANES) * sizeof(T));
+}
+static inline vec keep(vec a, long n) {
+    float all[LANES];
+    store(all, a);
+    return load_part(all, n);
 }
 static inline void sums16(const vec *a, float *out) {
     for (int i = 0; i < 16; i++) out[i] = sum(a[i]);

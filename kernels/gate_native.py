@@ -1,0 +1,70 @@
+"""The whole router of a MoE layer in one call, for inference on a CPU: `native/gate.cpp`.
+
+Shapes: T tokens, D model, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from ctypes import c_float, c_int, c_long, c_void_p
+
+import torch
+from torch import Tensor
+
+from . import native
+
+
+def ready(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> bool:
+    """Whether `route` takes these: `native.ready`, and the router in fp32."""
+    if not native.ready(x_TD, weight_ED) or weight_ED.dtype != torch.float32:
+        return False
+    return bias_E is None or (bias_E.dtype == torch.float32 and bias_E.is_contiguous())
+
+
+def route(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    *,
+    score: str,
+    groups: int,
+    topk_groups: int,
+    renormalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids_TK (int64), weights_TK (fp32) and counts_E (int64) of `kernels.gate`, the weights renormalised and scaled.
+
+    A token's answer has the same bits whatever the other tokens are.
+    """
+    (tokens, dim), experts = x_TD.shape, len(weight_ED)
+    ids_TK = x_TD.new_empty((tokens, top_k), dtype=torch.int64)
+    weights_TK = x_TD.new_empty((tokens, top_k), dtype=torch.float32)
+    counts_E = x_TD.new_empty(experts, dtype=torch.int64)
+    _functions()[x_TD.dtype](
+        x_TD.data_ptr(),
+        weight_ED.data_ptr(),
+        None if bias_E is None else bias_E.data_ptr(),
+        ids_TK.data_ptr(),
+        weights_TK.data_ptr(),
+        counts_E.data_ptr(),
+        tokens,
+        dim,
+        experts,
+        top_k,
+        groups,
+        topk_groups,
+        score == "sigmoid",
+        renormalize,
+        scale,
+        torch.get_num_threads(),
+    )
+    return ids_TK, weights_TK, counts_E
+
+
+@functools.cache
+def _functions() -> dict[torch.dtype, Callable[..., None]]:
+    kinds = [c_void_p] * 6 + [c_long] * 6 + [c_int, c_int, c_float, c_int]
+    names = {torch.bfloat16: "gate_bf16", torch.float32: "gate_fp32"}
+    return {dtype: native.function(name, *kinds) for dtype, name in names.items()}
