@@ -16,7 +16,6 @@ from ..models.hub import resolve
 from ..models.tensor_files import has_weights
 from ..models.tokenizer import TextStream, Tokenizer
 from ..models.weights import load_model
-from ..moe.experts import Experts
 from .cache import DenseCache
 from .sampler import check_sampling, sample
 
@@ -169,9 +168,6 @@ def stream_text(
     model, tokenizer = open_model(path, device=device)
     if tokenizer is None:
         raise FileNotFoundError(f"{path} has no tokenizer.json beside its model, so text cannot be read")
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.pack()
     try:
         prompt.encode()
     except UnicodeEncodeError:  # how Python hands over bytes of a command line that are no UTF-8
