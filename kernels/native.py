@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _why: str | None = None
 _tried = False
+_heard: Callable[[Callable[..., None], tuple[float | None, ...]], None] | None = None
 
 
 def ready(*tensors: Tensor) -> bool:
@@ -72,7 +73,7 @@ def why_not() -> str | None:
     return _why
 
 
-def function(name: str, *kinds: type) -> ctypes._NamedFuncPointer:
+def function(name: str, *kinds: type) -> Callable[..., None]:
     """The C function `name` of the library, which must be there, with the types of its arguments; it returns nothing.
 
     Pointers are passed as integers (`Tensor.data_ptr`) for `ctypes.c_void_p`, and None is a null pointer.
@@ -81,7 +82,25 @@ def function(name: str, *kinds: type) -> ctypes._NamedFuncPointer:
     assert handle is not None
     entry = getattr(handle, name)
     entry.argtypes, entry.restype = kinds, None
-    return entry
+
+    def call(*args: float | None) -> None:
+        entry(*args)
+        if _heard is not None:
+            _heard(entry, args)
+
+    return call
+
+
+@contextlib.contextmanager
+def hear(listener: Callable[[Callable[..., None], tuple[float | None, ...]], None]) -> Iterator[None]:
+    """Tells `listener` of every call of the library in the block, once it is done: one block at a time."""
+    global _heard
+    assert _heard is None
+    _heard = listener
+    try:
+        yield
+    finally:
+        _heard = None
 
 
 _log = logging.getLogger("coterie")

@@ -25,10 +25,39 @@ def rope_table(
     """
     if head_dim % 2:
         raise ValueError(f"rope needs an even head_dim, got {head_dim}")
+    if positions.is_cpu and positions.dtype == torch.int64 and positions.is_contiguous() and native.ready():
+        return _table_native(positions, _rates(head_dim, theta, scale))
     power = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     rates = 1.0 / theta**power
     angle = positions[..., None].float() * (rates if scale is None else scale(rates))
     return angle.cos(), angle.sin()
+
+
+@functools.lru_cache(maxsize=64)
+def _rates(head_dim: int, theta: float, scale: Callable[[Tensor], Tensor] | None) -> Tensor:
+    with torch.inference_mode(False):
+        rates = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        return rates if scale is None else scale(rates).contiguous()
+
+
+def _table_native(positions: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+    half = len(rates)
+    cos, sin = rates.new_empty((*positions.shape, half)), rates.new_empty((*positions.shape, half))
+    _table_function()(
+        positions.data_ptr(),
+        rates.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        positions.numel(),
+        half,
+        torch.get_num_threads(),
+    )
+    return cos, sin
+
+
+@functools.cache
+def _table_function() -> Callable[..., None]:
+    return native.function("rope_table", *[c_void_p] * 4, c_long, c_long, c_int)
 
 
 def rope_reference(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -119,6 +119,19 @@ def test_norms(kind: str, dtype: torch.dtype, dim: int) -> None:
         assert_close_rms(got, want, ROUNDING[dtype] + 1e-6)
 
 
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_norm_of_strided_keys(heads: bool, batch: int) -> None:
+    kv = torch.randn(batch, 5, 2, 3, 20)
+    k = kv[:, :, 0] if heads else kv[:, :, 0].flatten(-2)
+    assert not k.is_contiguous()
+    weight = torch.randn(k.shape[-1])
+    assert norm_native.ready(k, weight)
+    assert torch.equal(rms_norm(k, weight, 1e-5), rms_norm(k.contiguous(), weight, 1e-5))
+    for other in (k[..., ::2], k.transpose(0, 1)[::2], kv[:, :, :, 0, 0]):
+        assert not norm_native.ready(other, weight[: other.shape[-1]])
+
+
 @pytest.mark.parametrize("dtype", KINDS)
 def test_a_row_of_norms_and_rotations_has_the_same_bits_in_any_company(dtype: torch.dtype, threads: int) -> None:
     x, other, weight = (_random(*shape, dtype=dtype) for shape in ((150, 400), (150, 400), (400,)))

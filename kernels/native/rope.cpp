@@ -1,4 +1,6 @@
 // Rotary position embedding of queries and keys: (x[i], x[i + d/2]) turns by the angle of its token and i, in fp32.
+#include <cmath>
+
 #include "simd.h"
 
 constexpr long SMALL = 1 << 15;  // numbers that one thread rotates sooner than a second one wakes up
@@ -38,6 +40,18 @@ static void rope(X *q, X *k, long q_stride, long k_stride, const float *cos, con
                          long S, long H, long G, long half, int threads) {                                            \
         rope((X *)q, (X *)k, q_stride, k_stride, (const float *)cos, (const float *)sin, T, S, H, G, half, threads);  \
     }
+
+// cos and sin (T, half) of positions * rates.
+extern "C" void rope_table(const void *positions, const void *rates, void *cos, void *sin, long T, long half,
+                           int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (T * half > SMALL / 8)
+    for (long t = 0; t < T; t++)
+        for (long i = 0; i < half; i++) {
+            float angle = float(((const int64_t *)positions)[t]) * ((const float *)rates)[i];
+            ((float *)cos)[t * half + i] = std::cos(angle);
+            ((float *)sin)[t * half + i] = std::sin(angle);
+        }
+}
 
 ROPE(rope_bf16, bf16)
 ROPE(rope_fp32, float)
