@@ -63,6 +63,24 @@ def route(
     return ids_TK, weights_TK, counts_E
 
 
+def scale_by_sigmoid_(x_TD: Tensor, logits_T1: Tensor) -> Tensor:
+    """x * sigmoid(logits), of an x that nobody else needs: where inference runs on a CPU it is written to x.
+
+    torch's sigmoid gives the last few numbers of a tensor other bits than those before them.
+    """
+    if not native.ready(x_TD, logits_T1) or x_TD.dtype != logits_T1.dtype or logits_T1.shape != (len(x_TD), 1):
+        return x_TD * logits_T1.sigmoid()
+    _scales()[x_TD.dtype](x_TD.data_ptr(), logits_T1.data_ptr(), *x_TD.shape)
+    return x_TD
+
+
+@functools.cache
+def _scales() -> dict[torch.dtype, Callable[..., None]]:
+    kinds = [c_void_p, c_void_p, c_long, c_long]
+    names = {torch.bfloat16: "scale_bf16", torch.float32: "scale_fp32"}
+    return {dtype: native.function(name, *kinds) for dtype, name in names.items()}
+
+
 @functools.cache
 def _functions() -> dict[torch.dtype, Callable[..., None]]:
     kinds = [c_void_p] * 6 + [c_long] * 6 + [c_int, c_int, c_float, c_int]

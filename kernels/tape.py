@@ -33,10 +33,10 @@ class Tape(Generic[T]):
     output: T
 
     def __init__(self, step: Callable[[], T]) -> None:
-        self._calls: list[tuple[Callable[..., None], tuple[float | None, ...]]] = []
+        self._calls: list[tuple[Any, tuple[float | None, ...]]] = []
         own = threading.get_ident()
 
-        def hear(entry: Callable[..., None], args: tuple[float | None, ...]) -> None:
+        def hear(entry: Any, args: tuple[float | None, ...]) -> None:
             if threading.get_ident() == own:
                 self._calls.append((entry, args))
 
@@ -48,9 +48,14 @@ class Tape(Generic[T]):
         self._memory = watch.made
 
     def replay(self) -> T:
-        """The step again, on what its inputs hold at this time."""
+        """The step again, on what its inputs hold at this time.
+
+        Raises:
+            RuntimeError: a call failed.
+        """
         for entry, args in self._calls:
-            entry(*args)
+            if entry(*args):
+                raise RuntimeError(f"{entry.__name__} failed in a recorded step")
         return self.output
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coterie.kernels import backend, gate_native, native, norm_native
 from coterie.kernels.gate import gate
+from coterie.kernels.gate_native import scale_by_sigmoid_
 from coterie.kernels.linear import linear
 from coterie.kernels.rmsnorm import rms_norm, rms_norm_add
 from coterie.kernels.rope import rope_both_, rope_reference, rope_table
@@ -239,6 +240,18 @@ def test_the_gate_leaves_drops_noise_and_replays_to_torch(monkeypatch: pytest.Mo
         made(x, losses=False)
     with pytest.raises(TypeError):
         made(x, losses=False)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_scaling_by_a_sigmoid(dtype: torch.dtype) -> None:
+    x, logits = _random(37, 19, dtype=dtype), 4 * _random(37, 1, dtype=dtype)
+    want = x.double() * logits.double().sigmoid()
+    alone = torch.cat([scale_by_sigmoid_(r.clone(), n) for r, n in zip(x.split(1), logits.split(1), strict=True)])
+    got = scale_by_sigmoid_(x, logits)
+    assert got is x
+    assert torch.equal(got, alone)
+    assert_close_rms(got, want, ROUNDING[dtype])
+    assert scale_by_sigmoid_(x.double(), logits.double()) is not x
 
 
 def test_mixed_dtypes_are_left_to_torch() -> None:

@@ -60,6 +60,18 @@ def test_what_torch_computes_is_refused() -> None:
     assert Tape(lambda: linear(x, w)).replay().equal(x), "a refusal leaves nothing behind"
 
 
+def test_a_call_that_fails_in_a_replay_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.ones(1, 8), torch.eye(8)
+    tape = Tape(lambda: linear(x, w))
+
+    def experts(*_: object) -> int:
+        return 2
+
+    monkeypatch.setattr(tape, "_calls", [(experts, ())])
+    with pytest.raises(RuntimeError, match="experts failed in a recorded step"):
+        tape.replay()
+
+
 def test_other_threads_are_not_recorded() -> None:
     from concurrent.futures import ThreadPoolExecutor
 

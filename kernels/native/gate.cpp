@@ -98,5 +98,18 @@ static void gate(const X *x, const float *w, const float *bias, int64_t *ids, fl
              Choice{E, K, groups, open, sigmoid != 0, renormalize != 0, scale}, threads);                             \
     }
 
+// x_t *= sigmoid(logit_t) of rows (T, D).
+template <class X> static void scale(X *x, const X *logits, long T, long D) {
+    for (long t = 0; t < T; t++) {
+        float by = 1.0f / (1.0f + std::exp(-widen(logits[t])));
+        for (long d = 0; d < D; d++) narrow(widen(x[t * D + d]) * by, x[t * D + d]);
+    }
+}
+
+extern "C" void scale_bf16(void *x, const void *logits, long T, long D) { scale((bf16 *)x, (const bf16 *)logits, T, D); }
+extern "C" void scale_fp32(void *x, const void *logits, long T, long D) {
+    scale((float *)x, (const float *)logits, T, D);
+}
+
 GATE(gate_bf16, bf16)
 GATE(gate_fp32, float)
