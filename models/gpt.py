@@ -211,21 +211,15 @@ class GPT(nn.Module):
             x_BSD, routing = block(x_BSD, cos, sin, valid_BS, cache, replay_TK, history_E, recompute)
             if routing is not None:
                 routings.append(routing)
-        out_BSD = x_BSD if rows_R is None else x_BSD.flatten(0, 1)[rows_R][None]
-        logits, lm = self._head(out_BSD, targets_BS, logits_to_keep)
+        x_BSD = x_BSD if rows_R is None else x_BSD.flatten(0, 1)[rows_R][None]
+        logits, lm = self._head(x_BSD, targets_BS, logits_to_keep)
         if cache is None or cache.losses or not native.ready(x_BSD):
             zero = x_BSD.new_zeros((), dtype=torch.float32)
             aux, z = self._aux(routings, zero), sum((r.z for r in routings), zero)
         else:
             aux = z = constant(0.0, x_BSD.device)
-        return Output(
-            logits,
-            lm,
-            aux,
-            z,
-            tuple(r.stats for r in routings),
-            tuple(r.choices_TK for r in routings),
-        )
+        stats = tuple(r.stats for r in routings)
+        return Output(logits, lm, aux, z, stats, tuple(r.choices_TK for r in routings))
 
     def _aux(self, routings: list[Routing], zero: Tensor) -> Tensor:
         layers = [r.balance for r in routings if r.balance is not None]
