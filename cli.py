@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 
 from .cli_models import convert, export, generate, upcycle
+from .cli_serve import serve
 
 Text = tyro.conf.Positional
 
@@ -160,7 +161,8 @@ def bench(
 
 
 COMMANDS = {
-    f.__name__: f for f in (quickstart, prepare, pretrain, plan, generate, convert, export, upcycle, report, bench)
+    f.__name__: f
+    for f in (quickstart, prepare, pretrain, plan, generate, convert, export, upcycle, serve, report, bench)
 }
 
 
