@@ -159,7 +159,11 @@ class FakeEngine:
 
     def watch(self, hook: Callable[[StepReport], None]) -> Callable[[], None]:
         self._hooks.append(hook)
-        return lambda: self._hooks.remove(hook)
+
+        def unwatch() -> None:
+            self._hooks = [one for one in self._hooks if one is not hook]
+
+        return unwatch
 
     def report(self) -> dict[str, float | int | str]:
         return {"blocks": self.blocks, "block_size": self.config.block_size, "policy": "splitfuse", "preemptions": 0}

@@ -99,15 +99,20 @@ class Running:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def connect(self) -> socket.socket:
-        """A socket to it."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+    def connect(self, buffer: int = 0) -> socket.socket:
+        """A socket to it; buffer: bytes that it takes without being read."""
+        opened = socket.socket()
+        if buffer:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        opened.settimeout(10)
+        opened.connect(("127.0.0.1", self.port))
+        return opened
 
-    def ask(self, path: str = "/v1/completions", **body: Any) -> socket.socket:
+    def ask(self, path: str = "/v1/completions", *, buffer: int = 0, **body: Any) -> socket.socket:
         """Sends a request and reads nothing."""
         raw = json.dumps({"model": "fake", "prompt": "the cat", **body}).encode()
         head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-        opened = self.connect()
+        opened = self.connect(buffer)
         opened.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
         return opened
 
