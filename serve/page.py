@@ -26,8 +26,9 @@ TYPES = {
 HEADERS = {
     # Scripts and styles of this server alone, no text turned into markup, no frame around the page.
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -65,11 +66,11 @@ def router(engine: Engine | None = None, *, chat: bool | None = None) -> APIRout
 
 
 def describe(engine: Engine | None, chat: bool | None = None) -> dict[str, Any]:
-    """The model's name, its most tokens, and the experts of each MoE layer, as far as they are known."""
+    """The model's most tokens and the experts of each MoE layer, as far as they are known."""
     told: dict[str, Any] = {} if chat is None else {"chat": chat}
     if engine is None:
         return told
-    told |= {"model": engine.name, "max_model_len": engine.max_model_len}
+    told |= {"max_model_len": engine.max_model_len}
     if engine.model is not None:
         config = engine.model.config
         told |= {"experts": [count for count in config.experts if count], "top_k": config.moe.top_k}

@@ -6,6 +6,13 @@ export async function about() {
   return reply.ok ? reply.json() : {};
 }
 
+/** What requests call the model. */
+export async function modelName() {
+  const reply = await fetch("v1/models", { cache: "no-store" });
+  if (!reply.ok) throw new Error(await reason(reply));
+  return (await reply.json()).data[0].id;
+}
+
 /** One sentence out of an error's body, whatever its shape. */
 async function reason(reply) {
   const text = await reply.text();

@@ -1,6 +1,6 @@
 // The page: a conversation on one side, the experts on the other.
 
-import { about, complete } from "./api.js";
+import { about, complete, modelName } from "./api.js";
 import { Answer, said } from "./answer.js";
 import { Experts } from "./experts.js";
 
@@ -151,7 +151,7 @@ byId("clear").addEventListener("click", () => {
 
 try {
   const told = await about();
-  model = told.model ?? "";
+  model = await modelName();
   byId("model").textContent = model;
   if (told.experts) experts.shape(told.experts, told.top_k);
   if (told.max_model_len) byId("max_tokens").max = told.max_model_len;
