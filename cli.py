@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from . import cli_bench
 from .cli_models import convert, export, generate, upcycle
 from .cli_serve import serve
 
@@ -118,46 +119,8 @@ def report(runs: Text[list[Path]]) -> None:
     print(run(runs[0], *runs[1:]))
 
 
-def bench(
-    what: Text[Literal["layer", "train", "alltoall", "layouts", "plan", "load"]],
-    json: Path | None = None,
-    quick: bool = False,
-    netns: bool = False,
-) -> None:
-    """Measure side by side: one MoE layer, or a full training step, against peers and the machine's limit; or the
-    exchanges of expert parallelism; or a training step under several layouts; or the planner against such steps; or
-    loading a checkpoint from disk.
-
-    Args:
-        what: Which benchmark.
-        json: Write the tidy rows here too.
-        quick: Fewer cases and repeats.
-        netns: With alltoall and plan: hosts are network namespaces, with links of 1 ms and 1 Gbit/s between them.
-            Needs root.
-    """
-    if what == "alltoall":
-        from .benchmarks.alltoall import main as exchanges
-
-        exchanges(json=json, quick=quick, netns=netns)
-        return
-    if netns and what == "plan":
-        from .benchmarks.plan_hosts import main as over_hosts
-
-        over_hosts(json=json, quick=quick)
-        return
-    if netns:
-        raise ValueError(f"--netns is for the benchmarks alltoall and plan, not for {what}")
-    if what == "layer":
-        from .benchmarks.layer import main as run
-    elif what == "layouts":
-        from .benchmarks.layouts import main as run
-    elif what == "plan":
-        from .benchmarks.plan import main as run
-    elif what == "load":
-        from .benchmarks.loading import main as run
-    else:
-        from .benchmarks.train import main as run
-    run(json=json, quick=quick)
+def bench() -> None:
+    """Measure side by side: a layer, a training step, decoding, a server under load; `coterie bench` lists them."""
 
 
 COMMANDS = {
@@ -204,6 +167,9 @@ def main(argv: list[str] | None = None) -> None:
     """Runs one command; a user's error is one sentence on standard error and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["bench"]:
+            cli_bench.main(argv[1:])
+            return
         takes_a_recipe = {"pretrain": _pretrain, "plan": _plan}.get(argv[0] if argv else "")
         if takes_a_recipe and len(argv) > 1 and argv[1] not in ("-h", "--help"):
             takes_a_recipe(argv[1:])

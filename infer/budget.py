@@ -207,7 +207,7 @@ class _Measurer:
         points = [self._point(1)]
         size = 2
         while size <= min(most, self.blocks * self.size) and self._worth(size, points[-1].seconds):
-            points.append(self._point(size))
+            points.append(self._point(size, points[-1].seconds))
             size *= 2
         deepest = min(_CONTEXT, self.longest - 1, points[-1].tokens) // self.size * self.size
         rising = _rising(points)
@@ -229,8 +229,11 @@ class _Measurer:
     def _left(self) -> float:
         return self.seconds - (self.clock() - self.started)
 
-    def _point(self, tokens: int) -> Point:
-        seconds, loads = self._least(self._prompts(tokens))
+    def _point(self, tokens: int, last: float = 0.0) -> Point:
+        step = self._prompts(tokens)
+        seconds, loads = self._least(step)
+        if last and seconds > 4 * last:  # twice the tokens cannot cost so much: something else ran
+            seconds = min(seconds, self._time(step)[0])
         visited = [sum(map(bool, layer)) for layer in loads]
         return Point(tokens, seconds, sum(visited) / len(visited) if visited else 0.0)
 

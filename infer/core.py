@@ -233,9 +233,11 @@ class Core:
     def _report(self, step: Step, ran: Ran) -> Callable[[int, float], StepReport]:
         """The step's report but for (tokens handed out, seconds); lengths are read before sequences end."""
         decodes = sum(piece.start >= self._states[piece.key].prompt_length for piece in step.slices)
-        least = self.traffic.of(step, ran.loads) / self.runner.memory_rate if self.runner.memory_rate else 0.0
+        runner, read = self.runner, self.traffic.of(step, ran.loads)
 
         def report(generated: int, seconds: float) -> StepReport:
+            if runner.memory_rate:  # what was read faster than it was measured shows that something else read too
+                runner.memory_rate = max(runner.memory_rate, read / seconds)
             return StepReport(
                 number=step.number,
                 seconds=seconds,
@@ -251,7 +253,7 @@ class Core:
                 drafted=ran.drafted,
                 accepted=ran.accepted,
                 loads=ran.loads,
-                roofline=least / seconds,
+                roofline=read / seconds / runner.memory_rate if runner.memory_rate else 0.0,
             )
 
         return report

@@ -31,8 +31,8 @@ MOST_BYTES = 1 << 16
 MOST_KEPT = 64  # compiled grammars of one tokenizer
 MOST_COMPILING = 4
 SLOWEST_MASK = 2.0  # seconds; what takes longer holds up everybody's step, so it ends
-# A model may go on with white space for ever; this much is enough for any indentation.
-_SPACE = r"[ \n\r\t]{1,40}"
+# A model may go on with white space for ever: one space will do, or a line break and an indentation.
+_SPACE = r"( |\r?\n[ \t]{0,32})"
 
 
 @dataclass(frozen=True, slots=True)

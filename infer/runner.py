@@ -102,8 +102,10 @@ class Runner:
         self.pool.copy(step.copies)
         tokens_1T, positions_1T = self.cache.begin(step.slices)
         wanted = _wanted(step.slices, states or {}, guesses or {})
-        rows_R = torch.tensor([at for one in wanted for at in range(one.at, one.at + one.count)], dtype=torch.int64)
-        out = self.model(tokens_1T, positions_1T, cache=self.cache, rows_R=rows_R.to(self.device))
+        rows = [at for one in wanted for at in range(one.at, one.at + one.count)]
+        whole = len(rows) == tokens_1T.shape[1]  # nothing but decodes
+        rows_R = None if whole else torch.tensor(rows, dtype=torch.int64).to(self.device)
+        out = self.model(tokens_1T, positions_1T, cache=self.cache, rows_R=rows_R)
         ran = Ran()
         if wanted:
             assert out.logits_BSV is not None
@@ -217,4 +219,5 @@ class _Teller:
 
 
 def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What a client may read: a grammar says why it is no match, the rest of us may name files."""
+    return " ".join(str(error).split())[:200] if isinstance(error, ValueError) else type(error).__name__

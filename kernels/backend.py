@@ -76,6 +76,11 @@ def choose(*tensors: Tensor) -> str:
     return _forced
 
 
+def is_torch_on_cpu() -> bool:
+    """Whether `choose` says "torch" for CPU tensors, as it does unless another was forced."""
+    return _forced is None or _forced == "torch"
+
+
 @contextlib.contextmanager
 def forced(name: str | None) -> Iterator[None]:
     """Forces one backend inside the block (None: the default choice)."""

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from . import native
 
-_ROWS = 32  # tokens of a task, as in gate.cpp
-
 
 def ready(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> bool:
     """Whether `route` takes these: `native.ready`, and the router in fp32."""
@@ -44,13 +42,10 @@ def route(
     ids_TK = x_TD.new_empty((tokens, top_k), dtype=torch.int64)
     weights_TK = x_TD.new_empty((tokens, top_k), dtype=torch.float32)
     counts_E = x_TD.new_empty(experts, dtype=torch.int64)
-    room = tokens * experts + -(-tokens // _ROWS) * (2 * experts + groups)
-    scratch = x_TD.new_empty(room, dtype=torch.float32)
     _functions()[x_TD.dtype](
         x_TD.data_ptr(),
         weight_ED.data_ptr(),
         None if bias_E is None else bias_E.data_ptr(),
-        scratch.data_ptr(),
         ids_TK.data_ptr(),
         weights_TK.data_ptr(),
         counts_E.data_ptr(),
@@ -68,8 +63,26 @@ def route(
     return ids_TK, weights_TK, counts_E
 
 
+def scale_by_sigmoid_(x_TD: Tensor, logits_T1: Tensor) -> Tensor:
+    """x * sigmoid(logits), of an x that nobody else needs: where inference runs on a CPU it is written to x.
+
+    torch's sigmoid gives the last few numbers of a tensor other bits than those before them.
+    """
+    if not native.ready(x_TD, logits_T1) or x_TD.dtype != logits_T1.dtype or logits_T1.shape != (len(x_TD), 1):
+        return x_TD * logits_T1.sigmoid()
+    _scales()[x_TD.dtype](x_TD.data_ptr(), logits_T1.data_ptr(), *x_TD.shape)
+    return x_TD
+
+
+@functools.cache
+def _scales() -> dict[torch.dtype, Callable[..., None]]:
+    kinds = [c_void_p, c_void_p, c_long, c_long]
+    names = {torch.bfloat16: "scale_bf16", torch.float32: "scale_fp32"}
+    return {dtype: native.function(name, *kinds) for dtype, name in names.items()}
+
+
 @functools.cache
 def _functions() -> dict[torch.dtype, Callable[..., None]]:
-    kinds = [c_void_p] * 7 + [c_long] * 6 + [c_int, c_int, c_float, c_int]
+    kinds = [c_void_p] * 6 + [c_long] * 6 + [c_int, c_int, c_float, c_int]
     names = {torch.bfloat16: "gate_bf16", torch.float32: "gate_fp32"}
     return {dtype: native.function(name, *kinds) for dtype, name in names.items()}

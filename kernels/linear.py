@@ -1,11 +1,12 @@
 """y = x w^T + b, where torch's own product is slow on CPUs: in fp32, and in inference, which has few rows.
 
-Shapes: T tokens (all leading axes of x), D inputs, N outputs.
+Shapes: T tokens (all leading axes of x), D inputs, N outputs (all but the last axis of w).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from ctypes import c_int, c_long, c_void_p
 
@@ -20,10 +21,14 @@ from .backend import choose
 def linear(x: Tensor, w_ND: Tensor, b_N: Tensor | None = None) -> Tensor:
     """(..., D) -> (..., N): `F.linear`, with the products of `cpu_gemm` for fp32 on a CPU, forward and backward.
 
-    In inference on a CPU a row's answer has the same bits whatever the other rows are: `native/linear.cpp`.
+    The outputs may have several axes: w (*n, D) and b (*n) give (..., *n). In inference on a CPU a row's answer has
+    the same bits whatever the other rows are: `native/linear.cpp`.
     """
     if native.ready(x, w_ND) and x.dtype == w_ND.dtype and (b_N is None or _fits(b_N, w_ND)):
         return _native(x, w_ND, b_N)
+    if w_ND.dim() > 2:
+        y = linear(x, w_ND.flatten(0, -2), None if b_N is None else b_N.flatten())
+        return y.unflatten(-1, w_ND.shape[:-1])
     fast = x.device.type == "cpu" and x.dtype == w_ND.dtype == torch.float32 and choose(x) != "reference"
     if not fast or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, w_ND, b_N)
@@ -37,17 +42,18 @@ def _fits(b_N: Tensor, w_ND: Tensor) -> bool:
 
 
 def _native(x: Tensor, w_ND: Tensor, b_N: Tensor | None) -> Tensor:
-    outputs, inputs = w_ND.shape
-    if x.shape[-1] != inputs:
+    *axes, inputs = w_ND.shape
+    *rows, given = x.shape
+    if given != inputs:
         raise ValueError(f"linear: x {tuple(x.shape)} does not fit the weight {tuple(w_ND.shape)}")
-    y = x.new_empty((*x.shape[:-1], outputs))
+    y = x.new_empty(rows + axes)
     _products()[x.dtype](
         x.data_ptr(),
         w_ND.data_ptr(),
         None if b_N is None else b_N.data_ptr(),
         y.data_ptr(),
-        y.numel() // outputs if outputs else 0,
-        outputs,
+        math.prod(rows),
+        math.prod(axes),
         inputs,
         torch.get_num_threads(),
     )

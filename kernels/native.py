@@ -19,13 +19,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backend import choose
+from .backend import is_torch_on_cpu
 
 FOLDER = Path(__file__).parent / "native"
 _LIMIT_S = 120  # of one call of the compiler
@@ -38,6 +39,7 @@ _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _why: str | None = None
 _tried = False
+_heard: Listener | None = None
 
 
 def ready(*tensors: Tensor) -> bool:
@@ -48,7 +50,7 @@ def ready(*tensors: Tensor) -> bool:
     for t in tensors:
         if not t.is_cpu or t.dtype not in _KINDS or not t.is_contiguous():
             return False
-    return (_library is not None or library() is not None) and choose(*tensors) == "torch"
+    return (_library is not None or library() is not None) and is_torch_on_cpu()
 
 
 def library() -> ctypes.CDLL | None:
@@ -72,16 +74,52 @@ def why_not() -> str | None:
     return _why
 
 
-def function(name: str, *kinds: type) -> ctypes._NamedFuncPointer:
-    """The C function `name` of the library, which must be there, with the types of its arguments; it returns nothing.
+class Function:
+    """A C function of the library. Pointers are passed as integers (`Tensor.data_ptr`), None is a null pointer."""
 
-    Pointers are passed as integers (`Tensor.data_ptr`) for `ctypes.c_void_p`, and None is a null pointer.
-    """
+    __slots__ = ("_entry",)
+
+    def __init__(self, entry: Any) -> None:
+        self._entry = entry
+
+    def __call__(self, *args: float | None) -> Any:
+        result = self._entry(*args)
+        if _heard is not None:
+            _heard(self._entry, args)
+        return result
+
+    @property
+    def restype(self) -> type | None:
+        """None: it returns nothing. `ctypes.c_int`: 0 for success."""
+        return self._entry.restype
+
+    @restype.setter
+    def restype(self, kind: type | None) -> None:
+        self._entry.restype = kind
+
+
+def function(name: str, *kinds: type) -> Function:
+    """The C function `name` of the library, which must be there, with the types of its arguments."""
     handle = library()
     assert handle is not None
     entry = getattr(handle, name)
     entry.argtypes, entry.restype = kinds, None
-    return entry
+    return Function(entry)
+
+
+Listener = Callable[[Callable[..., Any], tuple[float | None, ...]], None]
+
+
+@contextlib.contextmanager
+def hear(listener: Listener) -> Iterator[None]:
+    """Tells `listener` of every call of the library in the block, once it is done: one block at a time."""
+    global _heard
+    assert _heard is None
+    _heard = listener
+    try:
+        yield
+    finally:
+        _heard = None
 
 
 _log = logging.getLogger("coterie")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import choose
+from .paged_attention_native import attend_native, fits
 from .paged_kv import LayerKV, Ragged, check, gather_kv, store_torch
 
 __all__ = ["LayerKV", "Ragged", "paged_attention", "paged_attention_reference", "store_and_attend", "store_kv"]
@@ -50,6 +51,8 @@ def paged_attention(
     """
     check(kv, ragged, q_THd=q_THd)
     factor = q_THd.shape[-1] ** -0.5 if scale is None else scale
+    if fits(q_THd, kv):
+        return attend_native(q_THd, kv, ragged, scale=factor, window=window, sinks_H=sinks_H)
     if choose(q_THd) == "reference":
         return paged_attention_reference(q_THd, kv, ragged, scale=factor, window=window, sinks_H=sinks_H)
     return _torch(q_THd, kv, ragged, factor, window, sinks_H)
@@ -67,6 +70,10 @@ def store_and_attend(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """`store_kv` and then `paged_attention`, in one call where there is one."""
+    check(kv, ragged, q_THd=q_THd, k_TGd=k_TGd, v_TGd=v_TGd)
+    if fits(q_THd, kv):
+        factor, new = q_THd.shape[-1] ** -0.5 if scale is None else scale, (k_TGd, v_TGd)
+        return attend_native(q_THd, kv, ragged, scale=factor, window=window, sinks_H=sinks_H, new=new)
     store_kv(kv, k_TGd, v_TGd, ragged)
     return paged_attention(q_THd, kv, ragged, scale=scale, window=window, sinks_H=sinks_H)
 

@@ -22,9 +22,9 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis; x (..., D), weight (D,), y like x."""
-    _check(x, weight)
     if norm_native.ready(x, weight):
         return norm_native.norm(x, weight, eps)
+    _check(x, weight)
     backend = choose(x, weight)
     if backend == "reference":
         return rms_norm_reference(x, weight, eps)
@@ -35,13 +35,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns (rms_norm(h), h) of h = x + residual; both (..., D) of one dtype."""
+    if norm_native.ready(x, weight, residual=residual):
+        return norm_native.norm_add(x, residual, weight, eps)
     _check(x, weight)
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
             f"rms_norm_add: x is {tuple(x.shape)} {x.dtype}, residual {tuple(residual.shape)} {residual.dtype}"
         )
-    if norm_native.ready(x, weight, residual):
-        return norm_native.norm_add(x, residual, weight, eps)
     backend = choose(x, weight)
     if backend == "reference":
         h = x + residual

@@ -25,10 +25,39 @@ def rope_table(
     """
     if head_dim % 2:
         raise ValueError(f"rope needs an even head_dim, got {head_dim}")
+    if positions.is_cpu and positions.dtype == torch.int64 and positions.is_contiguous() and native.ready():
+        return _table_native(positions, _rates(head_dim, theta, scale))
     power = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     rates = 1.0 / theta**power
     angle = positions[..., None].float() * (rates if scale is None else scale(rates))
     return angle.cos(), angle.sin()
+
+
+@functools.lru_cache(maxsize=64)
+def _rates(head_dim: int, theta: float, scale: Callable[[Tensor], Tensor] | None) -> Tensor:
+    with torch.inference_mode(False):
+        rates = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        return rates if scale is None else scale(rates).contiguous()
+
+
+def _table_native(positions: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+    half = len(rates)
+    cos, sin = rates.new_empty((*positions.shape, half)), rates.new_empty((*positions.shape, half))
+    _table_function()(
+        positions.data_ptr(),
+        rates.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        positions.numel(),
+        half,
+        torch.get_num_threads(),
+    )
+    return cos, sin
+
+
+@functools.cache
+def _table_function() -> Callable[..., None]:
+    return native.function("rope_table", *[c_void_p] * 4, c_long, c_long, c_int)
 
 
 def rope_reference(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,23 +84,20 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _rope(x_BSHd, cos, sin, False)
 
 
-def rope_both(q_BSHd: Tensor, k_BSGd: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rope` of queries and keys, in one call where inference runs on a CPU."""
-    batch, sequence, heads, width = q_BSHd.shape
-    if not (native.ready(cos, sin) and cos.dtype == sin.dtype == torch.float32 and _by_token(q_BSHd, k_BSGd)):
+def rope_both_(q_BSHd: Tensor, k_BSGd: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rope` of queries and keys that nobody else needs: where inference runs on a CPU they are turned in place."""
+    if not (native.ready(q_BSHd, cos, sin) and cos.dtype == sin.dtype == torch.float32 and _alike(q_BSHd, k_BSGd)):
         return rope(q_BSHd, cos, sin), rope(k_BSGd, cos, sin)
+    batch, sequence, heads, width = q_BSHd.shape
     if cos.shape not in ((sequence, width // 2), (batch, sequence, width // 2)) or sin.shape != cos.shape:
         raise ValueError(f"rope: q {tuple(q_BSHd.shape)} with cos {tuple(cos.shape)} and sin {tuple(sin.shape)}")
-    q_out, k_out = q_BSHd.new_empty(q_BSHd.shape), k_BSGd.new_empty(k_BSGd.shape)
     _functions()[q_BSHd.dtype](
         q_BSHd.data_ptr(),
         k_BSGd.data_ptr(),
-        q_BSHd.stride(1),
+        heads * width,
         k_BSGd.stride(1),
         cos.data_ptr(),
         sin.data_ptr(),
-        q_out.data_ptr(),
-        k_out.data_ptr(),
         batch * sequence,
         sequence if cos.dim() == 2 else batch * sequence,
         heads,
@@ -79,24 +105,21 @@ def rope_both(q_BSHd: Tensor, k_BSGd: Tensor, cos: Tensor, sin: Tensor) -> tuple
         width // 2,
         torch.get_num_threads(),
     )
-    return q_out, k_out
+    return q_BSHd, k_BSGd
 
 
-def _by_token(q_BSHd: Tensor, k_BSGd: Tensor) -> bool:
-    """Whether every token's heads lie side by side, and all tokens at one distance."""
-    if q_BSHd.dtype != k_BSGd.dtype or q_BSHd.dtype not in (torch.bfloat16, torch.float32):
+def _alike(q_BSHd: Tensor, k_BSGd: Tensor) -> bool:
+    """Whether the keys are of the queries' kind, every token's heads side by side, and all tokens at one distance."""
+    batch, sequence, _, width = k_BSGd.shape
+    across, along, *inner = k_BSGd.stride()
+    if inner != [width, 1] or (batch > 1 and across != sequence * along):
         return False
-    for x in (q_BSHd, k_BSGd):
-        batch, sequence, _, width = x.shape
-        across, along, between, within = x.stride()
-        if within != 1 or between != width or (batch > 1 and across != sequence * along):
-            return False
-    return q_BSHd.shape[:2] == k_BSGd.shape[:2] and q_BSHd.shape[3] == k_BSGd.shape[3]
+    return k_BSGd.dtype == q_BSHd.dtype and q_BSHd.shape[::3] == (batch, width) and q_BSHd.shape[1] == sequence
 
 
 @functools.cache
 def _functions() -> dict[torch.dtype, Callable[..., None]]:
-    kinds = [c_void_p] * 2 + [c_long] * 2 + [c_void_p] * 4 + [c_long] * 5 + [c_int]
+    kinds = [c_void_p] * 2 + [c_long] * 2 + [c_void_p] * 2 + [c_long] * 5 + [c_int]
     names = {torch.bfloat16: "rope_bf16", torch.float32: "rope_fp32"}
     return {dtype: native.function(name, *kinds) for dtype, name in names.items()}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import causal_attention
-from ..kernels.rope import rope_both
+from ..kernels.rope import rope_both_
 from ..moe.experts import identity
 from .config import ModelConfig, RopeScaling
 from .layers import Heads, HeadsNorm, Linear, Norm
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
         if cos is not None and sin is not None:
-            q_BSHd, k_BSGd = rope_both(q_BSHd, k_BSGd, cos, sin)
+            q_BSHd, k_BSGd = rope_both_(q_BSHd, k_BSGd, cos, sin)
         if cache is None:
             o_BSHd = causal_attention(q_BSHd, k_BSGd, v_BSGd)
         else:

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import native
 from ..kernels.cross_entropy import linear_cross_entropy
 from ..kernels.linear import linear
+from ..kernels.norm_native import plus_
 from ..kernels.rope import rope_table
 from ..moe.balance import model_balance_loss, update_bias
 from ..moe.experts import FeedForward, identity
-from ..moe.gate import Routing, Stats
+from ..moe.gate import Routing, Stats, constant
 from ..moe.layer import MoE
 from .attention import Attention, Cache, scaled
 from .config import ModelConfig
@@ -120,10 +121,10 @@ class Block(nn.Module):
         attend = partial(_repeat, self.attend) if repeat_attention else self.attend
         h_BSD, x_BSD = attend(x_BSD, cos, sin, cache)  # type: ignore[misc]
         if self.moe is None:
-            return x_BSD + self.mlp(h_BSD), None  # type: ignore[misc]
+            return plus_(x_BSD, self.mlp(h_BSD)), None  # type: ignore[misc]
         losses = cache is None or cache.losses
         out = self.moe(h_BSD, valid_BS, replay_TK=replay_TK, history_E=history_E, losses=losses)
-        return x_BSD + out.y, out.routing
+        return plus_(x_BSD, out.y), out.routing
 
 
 def _mlp(config: ModelConfig, kind: dict[str, Any]) -> FeedForward:
@@ -149,7 +150,9 @@ class GPT(nn.Module):
         self.logits: Callable[[Tensor, Tensor, int], Tensor] = _logits
         self.embed = Embedding(config.vocab_size, config.dim, **kind)
         learned = config.positions == "learned"
-        self.positions = nn.Embedding(config.max_positions, config.dim, **kind) if learned else None
+        self.positions = Embedding(config.max_positions, config.dim, **kind) if learned else None
+        scaling = config.rope_scaling
+        self.rope_scale = None if scaling is None else partial(scaled, scaling=scaling)
         self.blocks = nn.ModuleList(Block(config, layer, **kind) for layer in range(config.layers))
         self.final_norm = Norm(config.dim, config.norm, config.norm_eps, **kind)
         self.head = None if config.tied_head else nn.Linear(config.dim, config.vocab_size, bias=False, **kind)
@@ -208,17 +211,15 @@ class GPT(nn.Module):
             x_BSD, routing = block(x_BSD, cos, sin, valid_BS, cache, replay_TK, history_E, recompute)
             if routing is not None:
                 routings.append(routing)
-        out_BSD = x_BSD if rows_R is None else x_BSD.flatten(0, 1)[rows_R][None]
-        logits, lm = self._head(out_BSD, targets_BS, logits_to_keep)
-        zero = x_BSD.new_zeros((), dtype=torch.float32)
-        return Output(
-            logits,
-            lm,
-            self._aux(routings, zero),
-            sum((r.z for r in routings), zero),
-            tuple(r.stats for r in routings),
-            tuple(r.choices_TK for r in routings),
-        )
+        x_BSD = x_BSD if rows_R is None else x_BSD.flatten(0, 1)[rows_R][None]
+        logits, lm = self._head(x_BSD, targets_BS, logits_to_keep)
+        if cache is None or cache.losses or not native.ready(x_BSD):
+            zero = x_BSD.new_zeros((), dtype=torch.float32)
+            aux, z = self._aux(routings, zero), sum((r.z for r in routings), zero)
+        else:
+            aux = z = constant(0.0, x_BSD.device)
+        stats = tuple(r.stats for r in routings)
+        return Output(logits, lm, aux, z, stats, tuple(r.choices_TK for r in routings))
 
     def _aux(self, routings: list[Routing], zero: Tensor) -> Tensor:
         layers = [r.balance for r in routings if r.balance is not None]
@@ -235,10 +236,8 @@ class GPT(nn.Module):
             positions_BS = torch.arange(start, end, device=tokens_BS.device)
         x_BSD = self.embed(tokens_BS)
         if self.positions is not None:
-            return x_BSD + self.positions(self.own(positions_BS)), None, None
-        scaling = self.config.rope_scaling
-        scale = None if scaling is None else partial(scaled, scaling=scaling)
-        return x_BSD, *rope_table(positions_BS, self.config.width_per_head, self.config.rope_theta, scale)
+            return plus_(x_BSD, self.positions(self.own(positions_BS)).expand_as(x_BSD)), None, None
+        return x_BSD, *rope_table(positions_BS, self.config.width_per_head, self.config.rope_theta, self.rope_scale)
 
     def _head(self, x_BSD: Tensor, targets_BS: Tensor | None, keep: int) -> tuple[Tensor | None, Tensor | None]:
         weight = self.embed.weight if self.head is None else self.head.weight

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..kernels import norm_native
 from ..kernels.linear import linear
 from ..kernels.rmsnorm import rms_norm, rms_norm_add
+from ..kernels.rows import rows
 from ..moe.experts import identity
 from ..parallel.tensor import local_part
 
@@ -79,7 +80,7 @@ class Embedding(nn.Embedding):
 
     def __init__(self, words: int, dim: int, *, device=None, dtype=None) -> None:
         super().__init__(words, dim, device=device, dtype=dtype)
-        self.look_up: Callable[[Tensor, Tensor], Tensor] = F.embedding
+        self.look_up: Callable[[Tensor, Tensor], Tensor] = rows
 
     def forward(self, input: Tensor) -> Tensor:
         """(...) ids -> (..., D)."""
@@ -99,10 +100,7 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., *heads, d)."""
-        weight = local_part(self.weight)
-        bias = None if self.bias is None else local_part(self.bias).flatten()
-        y = linear(x, weight.flatten(0, -2), bias)
-        return y.unflatten(-1, weight.shape[:-1])
+        return linear(x, local_part(self.weight), None if self.bias is None else local_part(self.bias))
 
 
 class Linear(nn.Module):

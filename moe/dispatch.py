@@ -40,7 +40,7 @@ class LocalDispatch:
 
     def rows(self, routing: Routing) -> Tensor:
         """Rows that experts compute for these tokens, padding included."""
-        return routing.stats.kept_E.sum()
+        return routing.stats.rows
 
 
 class AllToAllDispatch:

@@ -153,8 +153,7 @@ class Gate(nn.Module):
             renormalize=config.renormalize != "none" and self.top_k > 1,
             scale=config.route_scale,
         )
-        zero = _scalar(0.0)
-        tokens, rows = _scalar(len(x_TD)), _scalar(ids_TK.numel())
+        zero, tokens, rows = (constant(n, x_TD.device) for n in (0.0, len(x_TD), ids_TK.numel()))
         return Routing(ids_TK, ids_TK, weights_TK, zero, zero, Stats(counts_E, counts_E, zero, rows, tokens))
 
     def _losses(
@@ -296,11 +295,11 @@ def seed_noise(module: nn.Module, seed: int, step: int, rank: int = 0) -> None:
         one.draws = step << 20  # micro-batches count on from here
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
-def _scalar(value: float) -> Tensor:
-    """A number that nothing writes to, on the CPU: int64 or fp32."""
+@functools.lru_cache(maxsize=1024, typed=True)
+def constant(value: float, device: torch.device) -> Tensor:
+    """An int64 or fp32 scalar, the same tensor for every caller: it must not be written to."""
     with torch.inference_mode(False):
-        return torch.tensor(value)
+        return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64, device=device)
 
 
 def _identity(counts_E: Tensor) -> Tensor:

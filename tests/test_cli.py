@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tyro", reason="the command needs tyro")
 from coterie import cli
+from coterie.benchmarks.serving_load import Load
 
 WRONG = {
     "no such model": (["generate", "nowhere", "--prompt", "x"], "nowhere"),
@@ -14,6 +16,8 @@ WRONG = {
     "no such run": (["report", "nowhere"], "nowhere"),
     "no input": (["prepare", "nowhere.txt", "--output", "out", "--train-vocab", "300"], "nowhere.txt"),
     "no tokenizer named": (["prepare", __file__, "--output", "out"], "tokenizer"),
+    "no address": (["bench", "serve", "--url", "nowhere"], "--url 'nowhere'"),
+    "no length": (["bench", "serve", "--url", "http://h", "--new", "many"], "--new 'many'"),
     "no ranks": (["pretrain", "tiny", "--ranks", "0"], "--ranks 0"),
     "restarts below zero": (["pretrain", "tiny", "--restarts", "-1"], "--restarts '-1' is not a number of restarts"),
     "ranks that are no number": (["pretrain", "tiny", "--ranks", "two"], "--ranks 'two'"),
@@ -34,7 +38,17 @@ def test_one_sentence_and_status_two(argv, said, tmp_path, monkeypatch, capsys) 
     assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
 
 
-@pytest.mark.parametrize("argv", [["bench", "nothing"], ["serve", "x"], [], ["generate", "x", "--nonsense", "1"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["bench", "nothing"],
+        ["bench"],
+        ["bench", "layer", "--netns"],
+        ["serve", "x"],
+        [],
+        ["generate", "x", "--nonsense", "1"],
+    ],
+)
 def test_the_parser_refuses_what_does_not_exist(argv, capsys) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(argv)
@@ -48,7 +62,35 @@ def test_help_lists_every_command_and_no_other(capsys) -> None:
     assert left.value.code == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("quickstart", "prepare", "pretrain", "generate", "report", "bench"))
-    assert "serve" not in shown
+    assert "• serve" not in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "called", "given"),
+    [
+        (["layer", "--quick"], "layer.main", {"json": None, "quick": True}),
+        (["train"], "train.main", {"json": None, "quick": False}),
+        (["alltoall", "--netns", "--json", "f"], "alltoall.main", {"json": Path("f"), "quick": False, "netns": True}),
+        (["plan"], "plan.main", {"json": None, "quick": False}),
+        (["plan", "--netns", "--quick"], "plan_hosts.main", {"json": None, "quick": True}),
+        (["layouts"], "layouts.main", {"json": None, "quick": False}),
+        (["load"], "loading.main", {"json": None, "quick": False}),
+    ],
+)
+def test_each_benchmark_has_flags_of_its_own(argv, called, given, monkeypatch) -> None:
+    ran: list[dict] = []
+    monkeypatch.setattr(f"coterie.benchmarks.{called}", lambda **more: ran.append(more))
+    cli.main(["bench", *argv])
+    assert ran == [given]
+
+
+def test_bench_serve_takes_many_flags(monkeypatch) -> None:
+    ran: list[Load] = []
+    monkeypatch.setattr("coterie.benchmarks.serving.main", ran.append)
+    words = "--url http://h:1 --prompt 8 --concurrency 1 4 --rate --beside a b --no-ignore-eos"
+    cli.main(["bench", "serve", *words.split()])
+    beside = (Path("a"), Path("b"))
+    assert ran == [Load("http://h:1", prompt="8", concurrency=(1, 4), rate=(), beside=beside, ignore_eos=False)]
 
 
 def test_pretrain_hands_its_error_on() -> None:

@@ -399,6 +399,20 @@ def test_who_watches_sees_each_step() -> None:
     assert reports[-1].running == 0
 
 
+def test_no_step_reads_faster_than_memory_does() -> None:
+    served, reports = engine(), []
+    served.watch(reports.append)
+    served.core.runner.memory_rate = 1.0  # as a busy machine may find it
+    ask(served, prompt(30))
+    drain(served)
+    assert 0 < min(r.roofline for r in reports) < max(r.roofline for r in reports) == 1
+    assert served.core.runner.memory_rate > 1e5
+    served.core.runner.memory_rate = 0.0
+    ask(served, prompt(3))
+    drain(served)
+    assert reports[-1].roofline == 0
+
+
 def test_nothing_global_moves() -> None:
     state = torch.get_rng_state()
     served = engine()

@@ -67,6 +67,22 @@ def test_five_hundred_requests_leave_nothing_behind() -> None:
     assert fresh.tokens() == recomputed(prompt(20, 999), 20)
 
 
+def test_ids_never_run_out() -> None:
+    """MII has 9,999 of them, and hangs after as many errors."""
+    served, ends = engine(max_sequences=4), []
+    params = SamplingParams(max_tokens=2)
+    for _ in range(12):
+        ids = [served.submit([1], params, lambda delta: ends.append(delta.finish)) for _ in range(900)]
+        for id in ids:
+            served.abort(id)
+        served.step()
+    assert ends == ["abort"] * 10_800
+    check_empty(served)
+    client = ask(served, prompt(3))
+    drain(served)
+    assert client.tokens() == recomputed(prompt(3))
+
+
 def _any(r: random.Random, served) -> Client:
     settings = {
         "temperature": r.choice((0.0, 1.0)),

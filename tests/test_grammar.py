@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from engines import ask, drain, engine, prompt, recomputed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,6 +174,47 @@ def test_what_cannot_be_used_is_told_in_one_sentence(tokenizer: Tokenizer, kind,
     assert len(str(told.value)) < 300
     assert "\n" not in str(told.value)
     assert time.perf_counter() - start < 2
+
+
+def test_the_engine_writes_what_the_grammar_allows() -> None:
+    served = engine(text=True)
+    kind = {"eos_ids": served.eos_ids, "vocabulary": served.vocabulary}
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", 7]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    made = compile_grammar(GrammarSpec("json_schema", json.dumps(schema)), served.tokenizer, **kind)
+    asked = {"n": 3, "temperature": 1.0, "seed": 1, "ignore_eos": False}
+    client = ask(served, prompt(9), 150, grammar=made, **asked)
+    short = ask(served, prompt(9), 2, grammar=made, **asked)
+    plain = ask(served, prompt(9), 12)
+    drain(served)
+    assert [client.finish(i) for i in range(3)] == ["stop"] * 3
+    assert all(json.loads(client.text(i))["a"] in ("x", 7) for i in range(3))
+    assert short.finish() == "length"
+    assert plain.tokens() == recomputed(prompt(9))
+
+
+@pytest.mark.parametrize("where", ["mask", "accept"])
+def test_a_grammar_that_fails_ends_its_own_sequence(where: str) -> None:
+    class Failing:
+        def start(self):
+            matcher = self.made.start()
+            setattr(matcher, where, self.fail)
+            return matcher
+
+        def fail(self, token: int = 0):
+            raise RequestError("the grammar cannot go on here")
+
+    served = engine(text=True)
+    failing = Failing()
+    failing.made = compile_grammar(
+        GrammarSpec("regex", "[a-z]*"), served.tokenizer, eos_ids=served.eos_ids, vocabulary=served.vocabulary
+    )
+    bad = ask(served, prompt(5), 8, grammar=failing)
+    good = ask(served, prompt(5), 8, grammar=failing.made)
+    drain(served)
+    assert bad.finish() == "error"
+    assert good.finish() == "length"
+    assert re.fullmatch("[a-z]+", good.text())
 
 
 HOSTILE = [

@@ -135,6 +135,23 @@ def test_prefix_hits(dtype: torch.dtype) -> None:
         assert again.tokens() == alone(whole[:cut], TOKENS, of=of)
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "fp8"])
+def test_keys_and_values_of_fewer_bits(kv_dtype: str) -> None:
+    """They change the tokens, but in the same way wherever and whenever they are written."""
+    of = {"kv_dtype": kv_dtype, "block_size": 128, "budget": 1024, "prefix_cache": False}
+    expected = [alone(prompt(n, n), TOKENS, of=of, **how) for n, how in zip(LENGTHS, SETTINGS, strict=True)]
+    served = engine(budget=20, block_size=4, kv_dtype=kv_dtype)
+    for _ in range(2):
+        clients = _asked(served)
+        for _ in range(9):
+            served.step()
+        roster = served.core.scheduler.roster
+        for request in list(roster.running.values()):
+            roster.preempt(request)
+        drain(served)
+        assert [client.tokens() for client in clients] == expected
+
+
 class Oracle:
     """Guesses what it is told will come; every `wrong`-th guess is not that."""
 
@@ -177,6 +194,15 @@ def test_guesses(wrong: int, dtype: torch.dtype) -> None:
         drafted, accepted = (sum(getattr(r, name) for r in reports) for name in ("drafted", "accepted"))
         assert 0 < accepted <= drafted
         assert (accepted == drafted) == (wrong == 99)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_guesses_from_repeats_of_the_text(dtype: torch.dtype) -> None:
+    served = engine(budget=40, dtype=dtype, draft="ngram")
+    for _ in range(2):
+        clients = _asked(served)
+        drain(served)
+        _check(clients, dtype)
 
 
 def test_guesses_by_chance_keep_the_distribution() -> None:

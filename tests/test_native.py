@@ -13,7 +13,7 @@ import torch
 
 from coterie.kernels import backend, native
 
-SOURCE = 'extern "C" void answer(int *out) { *out = 42; }\n'
+SOURCE = 'extern "C" int answer(int *out) { return *out = 42; }\n'
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no -march=native")
 
 
@@ -44,7 +44,11 @@ def compiler() -> None:
 
 def _answer() -> int:
     out = ctypes.c_int()
-    native.function("answer", ctypes.c_void_p)(ctypes.addressof(out))
+    function = native.function("answer", ctypes.c_void_p)
+    assert function(ctypes.addressof(out)) is None
+    assert function.restype is None
+    function.restype = ctypes.c_int
+    assert function(ctypes.addressof(out)) == out.value
     return out.value
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from coterie.kernels import backend, gate_native, native, norm_native
 from coterie.kernels.gate import gate
+from coterie.kernels.gate_native import scale_by_sigmoid_
 from coterie.kernels.linear import linear
 from coterie.kernels.rmsnorm import rms_norm, rms_norm_add
-from coterie.kernels.rope import rope_both, rope_reference, rope_table
+from coterie.kernels.rope import rope_both_, rope_reference, rope_table
 from coterie.models.layers import Norm
 from coterie.moe.config import GateConfig
 from coterie.moe.gate import Gate
@@ -119,18 +120,31 @@ def test_norms(kind: str, dtype: torch.dtype, dim: int) -> None:
         assert_close_rms(got, want, ROUNDING[dtype] + 1e-6)
 
 
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_norm_of_strided_keys(heads: bool, batch: int) -> None:
+    kv = torch.randn(batch, 5, 2, 3, 20)
+    k = kv[:, :, 0] if heads else kv[:, :, 0].flatten(-2)
+    assert not k.is_contiguous()
+    weight = torch.randn(k.shape[-1])
+    assert norm_native.ready(k, weight)
+    assert torch.equal(rms_norm(k, weight, 1e-5), rms_norm(k.contiguous(), weight, 1e-5))
+    for other in (k[..., ::2], k.transpose(0, 1)[::2], kv[:, :, :, 0, 0]):
+        assert not norm_native.ready(other, weight[: other.shape[-1]])
+
+
 @pytest.mark.parametrize("dtype", KINDS)
 def test_a_row_of_norms_and_rotations_has_the_same_bits_in_any_company(dtype: torch.dtype, threads: int) -> None:
     x, other, weight = (_random(*shape, dtype=dtype) for shape in ((150, 400), (150, 400), (400,)))
     cos, sin = rope_table(torch.arange(150), 40, 1e4)
     q, k = x.view(1, 150, 10, 40), other.view(1, 150, 10, 40)
     norms, sums = rms_norm(x, weight, 1e-5), rms_norm_add(x, other, weight, 1e-5)
-    turned = rope_both(q, k, cos, sin)
+    turned = rope_both_(q.clone(), k.clone(), cos, sin)
     for row in (0, 70, 149):
         at = slice(row, row + 1)
         assert torch.equal(rms_norm(x[at], weight, 1e-5), norms[at])
         assert torch.equal(rms_norm_add(x[at], other[at], weight, 1e-5)[0], sums[0][at])
-        alone = rope_both(q[:, at], k[:, at], cos[at], sin[at])
+        alone = rope_both_(q[:, at].clone(), k[:, at].clone(), cos[at], sin[at])
         assert all(torch.equal(a, b[:, at]) for a, b in zip(alone, turned, strict=True))
 
 
@@ -140,21 +154,22 @@ def test_a_row_of_norms_and_rotations_has_the_same_bits_in_any_company(dtype: to
 def test_rope_of_strided_keys(dtype: torch.dtype, width: int, own_positions: bool, monkeypatch) -> None:
     monkeypatch.setattr("coterie.kernels.rope.rope", None)  # not the torch path
     q, kv = _random(2, 5, 6, width, dtype=dtype), _random(2, 5, 2, 3, width, dtype=dtype)
-    k, _ = kv.unbind(2)
     positions = torch.randint(0, 3000, (2, 5) if own_positions else (5,))
     cos, sin = rope_table(positions, width, 1e4)
-    for got, x in zip(rope_both(q, k, cos, sin), (q, k), strict=True):
-        assert got.is_contiguous()
-        assert_close_rms(got, rope_reference(x.double(), cos.double(), sin.double()), ROUNDING[dtype])
+    want = [rope_reference(x.double(), cos.double(), sin.double()) for x in (q, kv[:, :, 0])]
+    values = kv[:, :, 1].clone()
+    for got, turned in zip(rope_both_(q, kv[:, :, 0], cos, sin), want, strict=True):
+        assert_close_rms(got, turned, ROUNDING[dtype])
+    assert torch.equal(kv[:, :, 1], values)
 
 
 def test_rope_leaves_odd_strides_to_torch() -> None:
     cos, sin = rope_table(torch.arange(5), 8, 1e4)
     q, k = torch.randn(1, 6, 5, 8).transpose(1, 2), torch.randn(1, 5, 3, 16)[..., ::2]
-    for got, x in zip(rope_both(q, k, cos, sin), (q, k), strict=True):
+    for got, x in zip(rope_both_(q, k, cos, sin), (q, k), strict=True):
         assert_close_rms(got, rope_reference(x, cos, sin), 1e-6)
     with pytest.raises(ValueError, match="rope"):
-        rope_both(torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 8), cos, sin)
+        rope_both_(torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 8), cos, sin)
 
 
 def _gate(config: GateConfig, experts: int, top_k: int, dim: int = 40) -> Gate:
@@ -227,8 +242,23 @@ def test_the_gate_leaves_drops_noise_and_replays_to_torch(monkeypatch: pytest.Mo
         made(x, losses=False)
 
 
+@pytest.mark.parametrize("dtype", KINDS)
+def test_scaling_by_a_sigmoid(dtype: torch.dtype) -> None:
+    x, logits = _random(37, 19, dtype=dtype), 4 * _random(37, 1, dtype=dtype)
+    want = x.double() * logits.double().sigmoid()
+    alone = torch.cat([scale_by_sigmoid_(r.clone(), n) for r, n in zip(x.split(1), logits.split(1), strict=True)])
+    got = scale_by_sigmoid_(x, logits)
+    assert got is x
+    assert torch.equal(got, alone)
+    assert_close_rms(got, want, ROUNDING[dtype])
+    assert scale_by_sigmoid_(x.double(), logits.double()) is not x
+
+
 def test_mixed_dtypes_are_left_to_torch() -> None:
     x = torch.randn(3, 8).bfloat16()
     assert not norm_native.ready(x, torch.ones(8))
+    assert not norm_native.ready(x, x[0], x[1].float())
+    assert not norm_native.ready(x, x[0], None, x.float())
+    assert norm_native.ready(x, x[0], x[1], x)
     assert not gate_native.ready(x, torch.ones(4, 8).bfloat16(), None)
     assert gate(torch.randn(3, 4), 2).ids_TK.shape == (3, 2)

@@ -5,21 +5,33 @@ import torch
 from helpers import assert_close_rms
 from paged import KINDS, MIXES, Steps
 
+from coterie.kernels import native
 from coterie.kernels.backend import forced
 from coterie.kernels.paged_attention import paged_attention, store_and_attend, store_kv
 from coterie.kernels.paged_kv import FP8, LARGEST, quantize
 
-PATHS = ["reference", "torch"]
+needs_native = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+PATHS = ["reference", "torch", pytest.param("native", marks=needs_native)]
+MATCHES = [
+    pytest.param(path, mix, marks=[needs_native] * (path == "native"))
+    for path in ("reference", "torch", "native")
+    for mix in MIXES
+    if (path, mix) != ("reference", "long")  # token by token
+]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
 def run(steps: Steps, path: str, pieces: list[tuple[int, int, int]] | None = None, **options) -> torch.Tensor:
     pieces = steps.last if pieces is None else pieces
-    with torch.inference_mode(), forced("reference" if path == "reference" else None):
+    with (
+        torch.inference_mode(path == "native"),
+        torch.no_grad(),
+        forced("reference" if path == "reference" else None),
+    ):
         return store_and_attend(*steps.cut(pieces), steps.kv, steps.ragged(pieces), **options)
 
 
-@pytest.mark.parametrize(("path", "mix"), [(p, m) for p in PATHS for m in MIXES if (p, m) != ("reference", "long")])
+@pytest.mark.parametrize(("path", "mix"), MATCHES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_is_that_of_fp64(path: str, mix: str, kind: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):

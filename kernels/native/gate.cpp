@@ -1,6 +1,7 @@
 // The router of a MoE layer where nothing is dropped: logits, scores, the best K of E experts, their weights and the
 // load. Shapes: T tokens, D model, E experts, K choices, groups of M experts.
 #include <cmath>
+#include <cstdlib>
 
 #include "linear.h"
 
@@ -71,30 +72,44 @@ static void choose(float *scores, const float *bias, float *select, int64_t *ids
 }
 
 template <class X>
-static void gate(const X *x, const float *w, const float *bias, float *scratch, int64_t *ids, float *weights,
-                 int64_t *counts, long T, long D, Choice how, int threads) {
-    long room = how.E * 2 + how.groups, tasks = share(T, ROWS);
+static void gate(const X *x, const float *w, const float *bias, int64_t *ids, float *weights, int64_t *counts, long T,
+                 long D, Choice how, int threads) {
+    long tasks = share(T, ROWS);
 #pragma omp parallel for schedule(static) num_threads(threads) if (T * D * how.E > WORK && tasks > 1)
     for (long task = 0; task < tasks; task++) {
         long t = task * ROWS, end = T - t < ROWS ? T : t + ROWS;
-        float *logits = scratch + t * how.E, *select = scratch + T * how.E + task * room;
+        float *logits = (float *)malloc(size_t((end - t + 2) * how.E + how.groups) * sizeof(float));
+        float *select = logits + (end - t) * how.E;
         Linear<X, float, float>{x + t * D, w, nullptr, logits, D, how.E}.block(0, end - t, 0, how.E);
         for (long i = 0; i < end - t; i++)
             choose(logits + i * how.E, bias, select, ids + (t + i) * how.K, weights + (t + i) * how.K, how);
+        free(logits);
     }
     for (long e = 0; e < how.E; e++) counts[e] = 0;
     for (long a = 0; a < T * how.K; a++) counts[ids[a]]++;
 }
 
-// `scratch`: T E + ceil(T / 32) (2 E + groups) numbers.
 #define GATE(NAME, X)                                                                                                 \
-    extern "C" void NAME(const void *x, const void *w, const void *bias, void *scratch, void *ids, void *weights,     \
-                         void *counts, long T, long D, long E, long K, long groups, long open, int sigmoid,           \
-                         int renormalize, float scale, int threads) {                                                 \
-        gate((const X *)x, (const float *)w, (const float *)bias, (float *)scratch, (int64_t *)ids,                   \
-             (float *)weights, (int64_t *)counts, T, D,                                                               \
+    extern "C" void NAME(const void *x, const void *w, const void *bias, void *ids, void *weights, void *counts,      \
+                         long T, long D, long E, long K, long groups, long open, int sigmoid, int renormalize,        \
+                         float scale, int threads) {                                                                  \
+        gate((const X *)x, (const float *)w, (const float *)bias, (int64_t *)ids, (float *)weights,                   \
+             (int64_t *)counts, T, D,                                                                                 \
              Choice{E, K, groups, open, sigmoid != 0, renormalize != 0, scale}, threads);                             \
     }
+
+// x_t *= sigmoid(logit_t) of rows (T, D).
+template <class X> static void scale(X *x, const X *logits, long T, long D) {
+    for (long t = 0; t < T; t++) {
+        float by = 1.0f / (1.0f + std::exp(-widen(logits[t])));
+        for (long d = 0; d < D; d++) narrow(widen(x[t * D + d]) * by, x[t * D + d]);
+    }
+}
+
+extern "C" void scale_bf16(void *x, const void *logits, long T, long D) { scale((bf16 *)x, (const bf16 *)logits, T, D); }
+extern "C" void scale_fp32(void *x, const void *logits, long T, long D) {
+    scale((float *)x, (const float *)logits, T, D);
+}
 
 GATE(gate_bf16, bf16)
 GATE(gate_fp32, float)

@@ -4,8 +4,6 @@
 
 constexpr long FEW = 32 << 10;  // bytes of x that stay in the first cache while the block's weights pass
 
-static inline long share(long total, long parts) { return (total + parts - 1) / parts; }
-
 template <class X, class W, class Y> struct Linear {
     const X *x;
     const W *w, *bias;

@@ -21,8 +21,7 @@ template <class T> static inline vec get(const T *p, long n) { return n == LANES
 template <class T> static inline void put(T *p, vec a, long n) { n == LANES ? store(p, a) : store_part(p, a, n); }
 
 // y = norm(x) * weight + bias of one row.
-template <class X, class W>
-static void row(const X *x, const W *weight, const W *bias, X *y, long D, Norm norm) {
+template <class X> static void row(const X *x, const X *weight, const X *bias, X *y, long D, Norm norm) {
     float mean = 0;
     if (norm.centre) {
         vec total = zeros();
@@ -42,12 +41,12 @@ static void row(const X *x, const W *weight, const W *bias, X *y, long D, Norm n
     });
 }
 
-template <class X, class W>
-static void norm(const X *x, const X *residual, const W *weight, const W *bias, X *y, X *h, long T, long D, Norm kind,
-                 int threads) {
+template <class X>
+static void norm(const X *x, const X *residual, const X *weight, const X *bias, X *y, X *h, long T, long D, long inner,
+                 long stride, Norm kind, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (T * D > SMALL)
     for (long t = 0; t < T; t++) {
-        const X *from = x + t * D;
+        const X *from = x + t / inner * stride + t % inner * D;
         if (residual) {
             X *total = h + t * D;
             columns(D, [&](long d, long n) { put(total + d, add(get(from + d, n), get(residual + t * D + d, n)), n); });
@@ -57,13 +56,32 @@ static void norm(const X *x, const X *residual, const W *weight, const W *bias, 
     }
 }
 
-// Without a residual h is not written. x, residual, y and h are of one kind, weight and bias of another.
-#define NORM(NAME, X, W)                                                                                              \
+// Rows of x lie side by side, `inner` of them at every `stride` numbers; those of residual, y and h all do. Without a
+// residual h is not written.
+#define NORM(NAME, X)                                                                                                 \
     extern "C" void NAME(const void *x, const void *residual, const void *weight, const void *bias, void *y, void *h, \
-                         long T, long D, float eps, int centre, int threads) {                                        \
-        norm((const X *)x, (const X *)residual, (const W *)weight, (const W *)bias, (X *)y, (X *)h, T, D,             \
-             Norm{eps, centre != 0}, threads);                                                                        \
+                         long T, long D, long inner, long stride, float eps, int centre, int threads) {               \
+        norm((const X *)x, (const X *)residual, (const X *)weight, (const X *)bias, (X *)y, (X *)h, T, D, inner,      \
+             stride, Norm{eps, centre != 0}, threads);                                                                \
     }
 
-NORM(norm_bf16, bf16, bf16)
-NORM(norm_fp32, float, float)
+// x += y of n numbers.
+template <class X> static void plus(X *x, const X *y, long n, int threads) {
+    long parts = share(n, SMALL);
+#pragma omp parallel for schedule(static) num_threads(threads) if (parts > 1)
+    for (long part = 0; part < parts; part++) {
+        long first = part * SMALL, count = n - first < SMALL ? n - first : SMALL;
+        columns(count, [&](long i, long wide) {
+            X *own = x + first + i;
+            put(own, add(get(own, wide), get(y + first + i, wide)), wide);
+        });
+    }
+}
+
+extern "C" void plus_bf16(void *x, const void *y, long n, int threads) { plus((bf16 *)x, (const bf16 *)y, n, threads); }
+extern "C" void plus_fp32(void *x, const void *y, long n, int threads) {
+    plus((float *)x, (const float *)y, n, threads);
+}
+
+NORM(norm_bf16, bf16)
+NORM(norm_fp32, float)

@@ -12,6 +12,9 @@
 #include <immintrin.h>
 #endif
 
+// total / parts, rounded up.
+static inline long share(long total, long parts) { return (total + parts - 1) / parts; }
+
 struct bf16 {
     uint16_t bits;
 };

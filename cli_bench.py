@@ -1,0 +1,175 @@
+"""`coterie bench WHAT`: one function for each benchmark, with the flags of its own. It holds no logic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from .benchmarks.serving_load import Load
+
+
+def layer(json: Path | None = None, quick: bool = False) -> None:
+    """Time one MoE layer, forward and backward, beside a dense one of equal FLOPs and beside peers.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: Fewer cases and repeats.
+    """
+    from .benchmarks.layer import main as run
+
+    run(json=json, quick=quick)
+
+
+def train(json: Path | None = None, quick: bool = False) -> None:
+    """Time a full training step beside peers and the machine's limit.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: Fewer cases and repeats.
+    """
+    from .benchmarks.train import main as run
+
+    run(json=json, quick=quick)
+
+
+def alltoall(json: Path | None = None, quick: bool = False, netns: bool = False) -> None:
+    """Time the exchanges of expert parallelism.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: Fewer cases and repeats.
+        netns: Hosts are network namespaces, with links of 1 ms and 1 Gbit/s between them. Needs root.
+    """
+    from .benchmarks.alltoall import main as run
+
+    run(json=json, quick=quick, netns=netns)
+
+
+def layouts(json: Path | None = None, quick: bool = False) -> None:
+    """Time a training step under several layouts.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: Fewer cases and repeats.
+    """
+    from .benchmarks.layouts import main as run
+
+    run(json=json, quick=quick)
+
+
+def plan(json: Path | None = None, quick: bool = False, netns: bool = False) -> None:
+    """Compare the planner's predictions with measured training steps.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: Fewer cases and repeats.
+        netns: Hosts are network namespaces, with links of 1 ms and 1 Gbit/s between them. Needs root.
+    """
+    if netns:
+        from .benchmarks.plan_hosts import main as over_hosts
+
+        over_hosts(json=json, quick=quick)
+        return
+    from .benchmarks.plan import main as run
+
+    run(json=json, quick=quick)
+
+
+def load(json: Path | None = None, quick: bool = False) -> None:
+    """Time loading a checkpoint from disk.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: Fewer cases and repeats.
+    """
+    from .benchmarks.loading import main as run
+
+    run(json=json, quick=quick)
+
+
+def serve(load: tyro.conf.OmitArgPrefixes[Load]) -> None:
+    """Load a server that speaks OpenAI's completions, and measure what its clients see.
+
+    The API key comes from the environment variable OPENAI_API_KEY. Pin the client with `taskset` where it shares
+    cores with the server; its own share of a core is among the rows.
+    """
+    from .benchmarks.serving import main as run
+
+    run(load)
+
+
+def decode(
+    model: Path | None = None,
+    json: Path | None = None,
+    quick: bool = False,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
+    repeats: int = 3,
+    device: Literal["cpu", "cuda"] | None = None,
+    peer: bool = True,
+) -> None:
+    """Generate in process: tokens a second by batch, beside what the memory's measured rate allows.
+
+    Args:
+        model: A model directory; none: a random one with skewed routers, written for this run.
+        json: Write the tidy rows here too.
+        quick: A tiny model, two batches, few tokens.
+        dtype: Of weights and arithmetic.
+        batches: Sequences at a time.
+        repeats: Of each number.
+        device: cpu or cuda; none: cuda where there is one.
+        peer: Also transformers' generate, in turns, where it is installed.
+    """
+    from .benchmarks.decode import main as run
+
+    run(model, json=json, quick=quick, dtype=dtype, batches=batches, repeats=repeats, device=device, peer=peer)
+
+
+def policies(json: Path | None = None, quick: bool = False) -> None:
+    """Compare the scheduler's policies on one engine: SplitFuse, a static budget, prefill first, no chunks.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: Fewer cases and repeats.
+    """
+    from .benchmarks.policies import main as run
+
+    run(json=json, quick=quick)
+
+
+def soak(json: Path | None = None, quick: bool = False, minutes: float = 30.0) -> None:
+    """Load a server with mixed, cut and wrong requests, and look for wrong answers and for what is not given back.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: A short one.
+        minutes: How long.
+    """
+    from .benchmarks.soak import main as run
+
+    run(json=json, quick=quick, minutes=minutes)
+
+
+def experts(json: Path | None = None, quick: bool = False) -> None:
+    """Time the experts of a decode step, by tokens, beside the memory's rate.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: Fewer cases and repeats.
+    """
+    from .benchmarks.experts import main as run
+
+    run(json=json, quick=quick)
+
+
+BENCHES = {
+    f.__name__: f for f in (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts)
+}
+
+
+def main(argv: list[str]) -> None:
+    """Runs one benchmark: `argv` is what follows `coterie bench`."""
+    about = "Measure, side by side with peers and with what the machine allows."
+    tyro.extras.subcommand_cli_from_dict(BENCHES, prog="coterie bench", args=argv, description=about)

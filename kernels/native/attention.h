@@ -1,0 +1,183 @@
+// Attention of some rows (queries) to one tile of keys, softmax and all.
+//
+// Keys are taken in tiles of TILE at absolute positions, and tiles in parts of PART. In a tile every row does the
+// same steps in the same order whatever it sees of it: what it does not see has the weight 0. A part starts afresh,
+// and parts are merged in order. So a row's bits depend on its own query and keys and on nothing else.
+#pragma once
+#include "kvtypes.h"
+
+constexpr int TILE = 64, PART = 512, ROWS = 64, WIDEST = 256;
+constexpr int CHUNKS = TILE / LANES;  // vectors in a tile
+constexpr float LOWEST = -1e30f;
+
+// The state of some rows: the largest score (times log2 e), the sum of weights, lane by lane, and the weighted values.
+struct State {
+    float most[ROWS];
+    vec sum[ROWS];
+    alignas(64) float values[ROWS * WIDEST];
+    void clear(int rows, long padded) {
+        for (int i = 0; i < rows; i++) most[i] = LOWEST, sum[i] = zeros();
+        memset(values, 0, size_t(rows) * padded * sizeof(float));
+    }
+};
+
+template <class C> struct Scratch {
+    static constexpr int HELD = Words<C>::HELD;
+    alignas(64) word keys[WIDEST / HELD * TILE];    // [word of a key][key]
+    alignas(64) word values[TILE / HELD * WIDEST];  // [key or pair of keys][number]
+    alignas(64) float scores[ROWS * TILE];
+    alignas(64) word weights[ROWS * TILE / HELD];
+    alignas(64) float key_scale[TILE], value_scale[TILE];
+    alignas(64) C room[TILE * WIDEST];
+    alignas(64) C query[ROWS * WIDEST];
+    const C *row[ROWS];
+    float decay[ROWS];
+    State part, total;
+};
+
+// One head of one layer's keys or values.
+template <class K> struct Store {
+    K *numbers;
+    float *scales;  // null where K needs none
+    long stride;    // from a slot's numbers to the next slot's
+    long heads;
+};
+
+// Readies the keys and values of slots lo to hi of a tile: keys across, values in pairs where C is bf16; the other
+// slots are not read, and become zeros. Returns whether all values are finite.
+template <class K, class C>
+static bool fill(Scratch<C> &s, const Store<K> &k, const Store<K> &v, const long *slot, int head, int lo, int hi,
+                 long d, long padded) {
+    constexpr int HELD = Words<C>::HELD;
+    const C *row[TILE];
+    for (int i = 0; i < TILE; i++) {
+        bool used = lo <= i && i < hi;
+        row[i] = used ? taken<K, C>(k.numbers + slot[i] * k.stride + head * d, s.room + i * d, d) : nullptr;
+        if (LARGEST<K> != 0) {
+            s.key_scale[i] = used ? k.scales[slot[i] * k.heads + head] : 0;
+            s.value_scale[i] = used ? v.scales[slot[i] * v.heads + head] : 0;
+        }
+    }
+    for (int j = 0; j < TILE; j += 16) {
+        const word *at[16];
+        for (long i = 0; i < d / HELD; i += 16) {
+            for (int r = 0; r < 16; r++) at[r] = row[j + r] ? (const word *)row[j + r] + i : nullptr;
+            transpose(at, d / HELD - i < 16 ? d / HELD - i : 16, s.keys + i * TILE + j, TILE);
+        }
+    }
+    for (int i = lo; i < hi; i++) row[i] = taken<K, C>(v.numbers + slot[i] * v.stride + head * d, s.room + i * d, d);
+    vec broken = zeros();
+    for (int j = 0; j < TILE / HELD; j++) {
+        word *out = s.values + j * padded;
+        if constexpr (HELD == 2)
+            for (long i = 0; i < d; i += 32)
+                interleave(row[2 * j] ? row[2 * j] + i : nullptr, row[2 * j + 1] ? row[2 * j + 1] + i : nullptr,
+                           d - i, out + i);
+        else
+            for (long i = 0; i < padded; i += LANES)
+                store((float *)out + i, row[j] ? load_part((const float *)row[j] + i, d - i) : zeros());
+        for (long i = 0; i < padded; i += LANES) broken = Words<C>::add(load_words(out + i), zeros(), broken);
+    }
+    if (LARGEST<K> != 0)
+        for (int i = 0; i < TILE; i += LANES) broken = fma(load(s.value_scale + i), zeros(), broken);
+    return sum(broken) == 0;
+}
+
+// scores = q k^T of M rows.
+template <int M, class C> static inline void score(Scratch<C> &s, int row, long d) {
+    constexpr int N = LANES == 16 ? 4 : 2;
+    for (int c = 0; c < CHUNKS; c += N) {
+        vec acc[M * N];
+        for (int i = 0; i < M * N; i++) acc[i] = zeros();
+        const word *keys = s.keys + c * LANES;
+        const word *q[M];
+        for (int m = 0; m < M; m++) q[m] = (const word *)s.row[row + m];
+        for (long i = 0; i < d / Words<C>::HELD; i++, keys += TILE) {
+            vec k[N];
+            for (int n = 0; n < N; n++) k[n] = load_words(keys + n * LANES);
+            for (int m = 0; m < M; m++) {
+                vec own = all_words(q[m] + i);
+                for (int n = 0; n < N; n++) acc[m * N + n] = Words<C>::add(k[n], own, acc[m * N + n]);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) store(s.scores + (row + m) * TILE + (c + n) * LANES, acc[m * N + n]);
+    }
+}
+
+// values = decay * values + weights v of M rows, N vectors of numbers from `at` on.
+template <int M, int N, class C> static inline void weigh(Scratch<C> &s, int row, long at, long padded) {
+    vec acc[M * N];
+    constexpr int STEPS = TILE / Words<C>::HELD;
+    float *out = s.part.values + row * padded + at;
+    const word *values = s.values + at, *weights = s.weights + row * STEPS;
+    for (int m = 0; m < M; m++)  // + 0 makes no -0, to which a weight of 0 would make a difference
+        for (int n = 0; n < N; n++)
+            acc[m * N + n] = fma(load(out + m * padded + n * LANES), all(s.decay[row + m]), zeros());
+    for (int j = 0; j < STEPS; j++, values += padded) {
+        vec v[N];
+        for (int n = 0; n < N; n++) v[n] = load_words(values + n * LANES);
+        for (int m = 0; m < M; m++) {
+            vec own = all_words(weights + m * STEPS + j);
+            for (int n = 0; n < N; n++) acc[m * N + n] = Words<C>::add(v[n], own, acc[m * N + n]);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) store(out + m * padded + n * LANES, acc[m * N + n]);
+}
+
+// From scores to weights of one row, which sees slots lo to hi of the tile.
+template <bool SCALED, class C> static inline void soften(Scratch<C> &s, int row, float factor, int lo, int hi) {
+    vec x[CHUNKS];
+    for (int c = 0; c < CHUNKS; c++) {
+        x[c] = mul(load(s.scores + row * TILE + c * LANES), all(factor));
+        if (SCALED) x[c] = mul(x[c], load(s.key_scale + c * LANES));
+        if (lo > 0 || hi < TILE) x[c] = only(x[c], c * LANES, lo, hi);
+    }
+    vec high = x[0];
+    for (int c = 1; c < CHUNKS; c++) high = larger(high, x[c]);
+    float old = s.part.most[row], found = largest(high), most = found > old ? found : old;
+    float decay = most == old ? 1.0f : exp2(old - most);
+    vec total = mul(s.part.sum[row], all(decay));
+    s.part.most[row] = most;
+    s.decay[row] = decay;
+    C *out = (C *)(s.weights + row * (TILE / Words<C>::HELD));
+    for (int c = 0; c < CHUNKS; c++) {
+        vec p = exp2(sub(x[c], all(most)));
+        total = add(total, p);
+        if (SCALED) p = mul(p, load(s.value_scale + c * LANES));
+        store(out + c * LANES, p);
+    }
+    s.part.sum[row] = total;
+}
+
+template <int M, class C> static inline void weigh_all(Scratch<C> &s, int row, long padded) {
+    constexpr int N = LANES == 16 ? 4 : 2;
+    long at = 0;
+    for (; at + N * LANES <= padded; at += N * LANES) weigh<M, N>(s, row, at, padded);
+    for (; at < padded; at += LANES) weigh<M, 1>(s, row, at, padded);
+}
+
+// Rows from to to: the same arithmetic for each, in tiles of rows.
+template <class C> static void score_rows(Scratch<C> &s, int from, int to, long d) {
+    for (; from + 6 <= to; from += 6) score<6>(s, from, d);
+    for (; from + 2 <= to; from += 2) score<2>(s, from, d);
+    if (from < to) score<1>(s, from, d);
+}
+
+template <class C> static void weigh_rows(Scratch<C> &s, int from, int to, long padded) {
+    for (; from + 6 <= to; from += 6) weigh_all<6>(s, from, padded);
+    for (; from + 2 <= to; from += 2) weigh_all<2>(s, from, padded);
+    if (from < to) weigh_all<1>(s, from, padded);
+}
+
+// total = total and part together, of one row.
+static inline void merge(float &most, float &sum, float *values, float part_most, float part_sum,
+                         const float *part_values, long padded) {
+    float high = part_most > most ? part_most : most;
+    vec a = exp2(all(most - high)), b = exp2(all(part_most - high));
+    sum = first_lane(fma(all(part_sum), b, mul(all(sum), a)));
+    for (long i = 0; i < padded; i += LANES)
+        store(values + i, fma(load(part_values + i), b, mul(load(values + i), a)));
+    most = high;
+}
