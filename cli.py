@@ -11,6 +11,7 @@ import tyro
 
 from . import cli_bench
 from .cli_models import convert, export, generate, upcycle
+from .cli_serve import serve
 
 Text = tyro.conf.Positional
 
@@ -123,7 +124,8 @@ def bench() -> None:
 
 
 COMMANDS = {
-    f.__name__: f for f in (quickstart, prepare, pretrain, plan, generate, convert, export, upcycle, report, bench)
+    f.__name__: f
+    for f in (quickstart, prepare, pretrain, plan, generate, convert, export, upcycle, serve, report, bench)
 }
 
 

@@ -10,13 +10,14 @@ import tyro
 from .infer.config import EngineConfig
 from .serve.settings import ServerSettings
 
-Flat = tyro.conf.arg(prefix_name=False)
+Flat = tyro.conf.arg(name="")
+_SERVER, _ENGINE = ServerSettings(), EngineConfig()
 
 
 def serve(
     model: tyro.conf.Positional[Path],
-    server: Annotated[ServerSettings, Flat] = ServerSettings(),
-    engine: Annotated[EngineConfig, Flat] = EngineConfig(),
+    server: Annotated[ServerSettings, Flat] = _SERVER,
+    engine: Annotated[EngineConfig, Flat] = _ENGINE,
 ) -> None:
     """Serve a model over HTTP: OpenAI's /v1/completions and /v1/chat/completions, metrics, and a page to try it.
 

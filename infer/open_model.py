@@ -28,7 +28,7 @@ def open_model(
         ValueError: its files do not fit together, or there is no such device.
     """
     at = _device(device)  # before anything is fetched
-    folder = _model_folder(resolve(path))
+    folder = model_folder(resolve(path))
     # The small file first: a damaged one is told before the weights are read.
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     return load_model(folder, device=at, dtype=dtype).eval(), tokenizer
@@ -44,7 +44,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _model_folder(path: Path) -> Path:
+def model_folder(path: Path) -> Path:
+    """Where the model of a model directory or a run lies. FileNotFoundError: there is none; it says what is."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: give a model directory or a run directory")
     for folder in (path, path / "model"):

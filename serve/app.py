@@ -24,6 +24,7 @@ from .settings import ServerSettings, load_keys
 from .templates import load_templates
 
 _REFUSALS = (400, 401, 404, 408, 413, 415, 421, 429, 431, 500, 503, 504)
+_MESSAGES = {404: "there is nothing at this path", 405: "this path does not take that method"}
 _POSTS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 
 
@@ -42,6 +43,7 @@ def build(engine: Any, settings: ServerSettings, folder: Path | None = None) -> 
     """
     keys = KeyRing(load_keys(settings))
     templates = load_templates(folder, settings)
+    engine.name = settings.model_name or engine.name
     metrics = Metrics(engine)
     service, life = Service(engine, settings, templates, metrics), Life(settings)
 
@@ -51,6 +53,7 @@ def build(engine: Any, settings: ServerSettings, folder: Path | None = None) -> 
         yield
         await templates.close()
         service.close()
+        metrics.close()
 
     app = FastAPI(title="coterie", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service, app.state.life = service, life
@@ -71,9 +74,7 @@ def _json(body: Any, status: int = 200) -> Response:
 def _as_ours(_: Request, error: Exception) -> Response:
     """An unknown route or method, in OpenAI's shape."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = {404: "there is nothing at this path", 405: "this path does not take that method"}.get(
-        status, "refused"
-    )
+    message = _MESSAGES.get(status, "refused")
     found = ApiError(status, message)
     allowed = getattr(error, "headers", None) or {}
     return Response(encode(found.body), status, {**found.headers, **allowed}, media_type="application/json")

@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: one sentence in OpenAI's shape, and nothing of the server's inside."""
+"""What a client is told when something is wrong: a sentence in OpenAI's shape, nothing of the server's inside."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..infer.request import EngineDead, QueueFull, RequestError
+from ..infer.request import EngineDead, QueueFull, RequestError, SamplingParams
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _log = logging.getLogger("coterie")
+_SETTINGS = frozenset(SamplingParams.__dataclass_fields__)
 _LONGEST = 500  # characters of a message
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -78,8 +79,8 @@ def told(error: BaseException, retry_after: int = 1) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
-        param = str(error).split(" ", 1)[0]
-        return ApiError(400, str(error), param=param if param.isidentifier() and "_" in param else None)
+        word = str(error).split(" ", 1)[0]  # its messages begin with the setting's name where there is one
+        return ApiError(400, str(error), param=word if word in _SETTINGS else None)
     if isinstance(error, QueueFull):
         return ApiError(429, f"too many requests wait: {error}", code="queue_full", retry_after=retry_after)
     if isinstance(error, EngineDead):

@@ -18,6 +18,7 @@ Model = TypeVar("Model", bound=BaseModel)
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _BRACKETS = b"[]{}"
 _ALL_ELSE = bytes(byte for byte in range(256) if byte not in _BRACKETS)
+_SQUARE = bytes.maketrans(b"{}", b"[]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 _HINTS = {
@@ -25,18 +26,18 @@ _HINTS = {
     "stop": "give a string or a list of strings",
     "messages": "give a list of messages, each with a role and a content",
     "tool_choice": 'give "none" or "auto"',
-    "response_format": 'give {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": ...}',
+    "response_format": "give an object whose type is text, json_object or json_schema",
     "logit_bias": "give token ids and a bias of -100 to 100 for each",
 }
 
 
 def is_deep(raw: bytes, most: int) -> bool:
     """Whether brackets lie within more than `most` others, or do not pair; in time linear in the text."""
-    brackets = _STRING.sub(b"", raw).translate(None, _ALL_ELSE)
+    brackets = _STRING.sub(b"", raw).translate(_SQUARE, _ALL_ELSE)
     for _ in range(most):  # each round takes the innermost pairs
         if not brackets:
             return False
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        brackets = brackets.replace(b"[]", b"")
     return bool(brackets)
 
 

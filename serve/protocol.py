@@ -50,11 +50,12 @@ class Strict(BaseModel):
     def _known_names(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for name in value:
             if name in cls.refused:
                 if value[name] not in cls.refused[name]:
                     raise ApiError(400, f"{name} is not served here", param=name, code="unsupported_parameter")
-            elif name not in cls.model_fields:
+            elif name not in known:
                 shown = str(name)[:80]
                 raise ApiError(400, f"unknown parameter {shown!r}", param=shown, code="unknown_parameter")
         return {name: value[name] for name in value if name not in cls.refused}
@@ -165,7 +166,9 @@ class CompletionRequest(Generation):
         str
         | Annotated[list[str], Field(fail_fast=True, min_length=1)]
         | Annotated[list[Token], Field(fail_fast=True, min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(fail_fast=True, min_length=1)]], Field(fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[Token], Field(fail_fast=True, min_length=1)]], Field(fail_fast=True, min_length=1)
+        ]
     )
     best_of: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
     echo: bool | None = None

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,6 +131,8 @@ def _watch_signals(stop: asyncio.Event) -> None:
             os._exit(128 + number)
         stop.set()
 
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread is told of signals
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, told, number)
 
@@ -151,14 +154,13 @@ async def _until(done: Callable[[], bool], seconds: float) -> None:
 
 def _line(engine: Any, settings: ServerSettings, listener: socket.socket) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    name = settings.model_name or engine.name
-    return f"coterie serves {name} at http://{host}:{listener.getsockname()[1]} (OpenAI's API under /v1)"
+    return f"coterie serves {engine.name} at http://{host}:{listener.getsockname()[1]} (OpenAI's API under /v1)"
 
 
 def serve_model(model: Path, settings: ServerSettings, config: EngineConfig) -> int:
     """Opens a model and serves it; see `serve`. Raises what `Engine.open` and `serve` do."""
     from ..infer.engine import Engine
-    from ..infer.generate import model_folder
+    from ..infer.open_model import model_folder
 
     folder = model_folder(resolve(model))
     engine = Engine.open(folder, config)

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from coterie.infer.outputs import Delta, Sink, StepReport, TokenLogprob
-from coterie.infer.request import FinishReason, QueueFull, Request, RequestError, SamplingParams
+from coterie.infer.request import EngineDead, FinishReason, QueueFull, Request, RequestError, SamplingParams
 from coterie.infer.stops import StoppingText
 from coterie.models.tokenizer import Tokenizer, train_bpe
 
@@ -26,10 +26,6 @@ LAYERS, EXPERTS, TOP_K = 2, 4, 2
 @cache
 def small_tokenizer() -> Tokenizer:
     return train_bpe([WORDS * 4, 'a b c {}[]:,"0123456789 true false null'] * 8, 300)
-
-
-class EngineDead(RuntimeError):
-    """As the real engine's: its loop has ended by a failure. Tests hand the server the class it knows."""
 
 
 @dataclass
@@ -71,6 +67,7 @@ class FakeEngine:
 
     def __init__(self, tokenizer: Tokenizer | None = None, *, step_s: float = 0.0, max_model_len: int = 256) -> None:
         self.tokenizer = tokenizer or small_tokenizer()
+        self._own = self.tokenizer
         self.model: Any = None
         self.config: Any = FakeConfig()
         self.name = "fake"
@@ -82,7 +79,6 @@ class FakeEngine:
         self.fail_at: int | None = None
         self.die_at: int | None = None
         self.refuse: BaseException | None = None
-        self.dead_error: type[Exception] = EngineDead
         self.words = self.tokenizer.encode(WORDS)
         self.gate = threading.Event()
         self.gate.set()
@@ -123,12 +119,12 @@ class FakeEngine:
             )
         with self._work:
             if self.failure is not None or self._stopping:
-                raise self.dead_error("the engine has stopped")
+                raise EngineDead("the engine has stopped")
             if len(self._waiting) + params.sequences > self.config.max_queued_requests:
                 raise QueueFull("the queue is full")
             for index in range(params.sequences):
                 request = Request(id, tuple(prompt), params, salt=salt, deadline=deadline, index=index)
-                text = StoppingText(self.tokenizer, params.stop, before=prompt, min_tokens=params.min_tokens)
+                text = StoppingText(self._own, params.stop, before=prompt, min_tokens=params.min_tokens)
                 matcher = grammar.start() if grammar is not None else None
                 self._waiting.append(Sample(request, sink, text, matcher, routes))
             self.submitted.append((id, tuple(prompt), params, salt))
@@ -163,7 +159,11 @@ class FakeEngine:
 
     def watch(self, hook: Callable[[StepReport], None]) -> Callable[[], None]:
         self._hooks.append(hook)
-        return lambda: self._hooks.remove(hook)
+
+        def unwatch() -> None:
+            self._hooks = [one for one in self._hooks if one is not hook]
+
+        return unwatch
 
     def report(self) -> dict[str, float | int | str]:
         return {"blocks": self.blocks, "block_size": self.config.block_size, "policy": "splitfuse", "preemptions": 0}

@@ -166,3 +166,15 @@ def test_a_long_stream_decodes_a_few_ids_at_a_time(monkeypatch) -> None:
     text = "the hat 漢 " * 100
     assert "".join(map(stream.push, TOKENIZER.encode(text))) + stream.finish() == text
     assert most <= 40
+
+
+def test_bytes_of_single_tokens(tmp_path: Path) -> None:
+    text = "a € b\x00 é"
+    assert b"".join(TOKENIZER.token_bytes(i) or b"" for i in TOKENIZER.encode(text)) == text.encode()
+    assert TOKENIZER.token_bytes(0) == EOS.encode()
+    assert TOKENIZER.token_bytes(275) is None
+    import tokenizers
+
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<0xE2>": 1, "</s>": 2}, [], byte_fallback=True))
+    inner.decoder = tokenizers.decoders.ByteFallback()
+    assert [Tokenizer(inner).token_bytes(i) for i in range(3)] == [b"a", b"\xe2", b"</s>"]
