@@ -10,7 +10,8 @@
 #include "dot.h"
 
 constexpr long ROWS = 512;         // of one expert in a task
-constexpr long STRIP = 16;         // rows that pass together over a block of weights
+constexpr long STRIP = 16;         // rows that pass together over a block of weights at most
+constexpr long NEAR = 32 << 10;    // bytes of such rows that stay in a core's first cache
 constexpr long WIDTH = 256;        // columns of a task at most
 constexpr long BLOCK = 256 << 10;  // bytes of weights that stay in a core's second cache
 constexpr long UNIT = 64 << 10;    // bytes of weights that are worth a task
@@ -70,6 +71,11 @@ static void product(bool first, long rows, const X *const *x, const X *w, long c
 
 namespace {
 
+// Rows that pass together: where they are few, all of them, as the memory is slower than any cache.
+template <class X> static long together(long rows, long K) {
+    return rows <= STRIP || STRIP * K * long(sizeof(X)) <= NEAR ? STRIP : 4;
+}
+
 // Which rows there are. Row r belongs to token_R[r]; an expert's rows lie together, in the order of the tokens.
 struct Plan {
     struct Part {
@@ -116,8 +122,8 @@ template <class X> struct Layer {
     void hidden(const X *x, Plan::Part part, long f, long n) const {
         const X *w = w_in + (part.e * P * F + f) * D, *rows[STRIP];
         float z[STRIP * WIDTH], up[STRIP * WIDTH];
-        for (long i = 0; i < part.rows; i += STRIP) {
-            long count = at_most(part.rows - i, STRIP), row = part.row + i;
+        for (long i = 0, step = together<X>(part.rows, D); i < part.rows; i += step) {
+            long count = at_most(part.rows - i, step), row = part.row + i;
             for (long m = 0; m < count; m++) rows[m] = x + plan.token_R[row + m] * D;
             product(!i, count, rows, w, n, D, z, n);
             if (P == 2) product(!i, count, rows, w + F * D, n, D, up, n);
@@ -148,8 +154,8 @@ template <class X> struct Layer {
         for (long p = 0; p < plan.parts_count; p++) {
             Plan::Part part = plan.parts[p];
             const X *w = w_out + (part.e * D + d) * F;
-            for (long i = 0; i < part.rows; i += STRIP) {
-                long count = at_most(part.rows - i, STRIP), row = part.row + i;
+            for (long i = 0, step = together<X>(part.rows, F); i < part.rows; i += step) {
+                long count = at_most(part.rows - i, step), row = part.row + i;
                 for (long m = 0; m < count; m++) rows[m] = a_RF + (row + m) * F;
                 product(!i, count, rows, w, n, F, own + row * n, n);
                 if (b_out)
