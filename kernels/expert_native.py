@@ -7,8 +7,7 @@ Shapes: T tokens, D model, E experts, K choices, F hidden, P 2 (swiglu: gate, up
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from ctypes import c_int, c_int64, c_long, c_void_p
+from ctypes import c_int, c_long, c_void_p
 
 import torch
 from torch import Tensor
@@ -83,7 +82,7 @@ def _call(
     rows = min(tokens, _AT_ONCE) * choices
     # As experts.cpp divides it: offsets of experts, plan of the rows, hidden rows, and outputs in fp32.
     room = x.new_empty(_GAPS + 8 * (count + 1) + rows * (32 + hidden * x.element_size() + dim * 4), dtype=torch.uint8)
-    _functions()[x.dtype](
+    failed = _functions()[x.dtype](
         x.data_ptr(),
         None if ids_TK is None else ids_TK.data_ptr(),
         None if weights_TK is None else weights_TK.data_ptr(),
@@ -102,7 +101,7 @@ def _call(
         _AT_ONCE,
         torch.get_num_threads(),
     )
-    if c_int64.from_address(room.data_ptr()).value:
+    if failed:
         raise ValueError(f"experts: an id is not below the number of experts, {count}")
     return y
 
@@ -128,7 +127,10 @@ _NAMES = ("x", "w_in", "w_out", "b_in", "b_out")
 
 
 @functools.cache
-def _functions() -> dict[torch.dtype, Callable[..., None]]:
+def _functions() -> dict[torch.dtype, native.Function]:
     kinds = [c_void_p] * 9 + [c_long] * 7 + [c_int]
     names = {torch.bfloat16: "experts_bf16", torch.float32: "experts_fp32"}
-    return {dtype: native.function(name, *kinds) for dtype, name in names.items()}
+    functions = {dtype: native.function(name, *kinds) for dtype, name in names.items()}
+    for function in functions.values():
+        function.restype = c_int
+    return functions

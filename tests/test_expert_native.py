@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coterie.kernels import expert_native, native
 from coterie.kernels.backend import forced
+from coterie.kernels.tape import Tape
 from coterie.moe.config import GateConfig, MoEConfig
 from coterie.moe.experts import Experts, FeedForward
 from coterie.moe.layer import MoE
@@ -37,7 +38,7 @@ def _experts(
 
 def _ids(tokens: int) -> Tensor:
     """Distinct experts of every token, of which the last expert has none."""
-    return torch.rand(tokens, E - 1).argsort(1)[:, :K]
+    return torch.rand(tokens, E - 1).argsort(1)[:, :K].contiguous()
 
 
 def _expected(experts: Experts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -204,3 +205,15 @@ def test_weights_that_do_not_lie_together_go_the_other_way(monkeypatch: pytest.M
     calls = _calls(monkeypatch, "experts")
     assert_close_rms(experts(x_TD, ids_TK, weights_TK), y_TD.double(), 1e-5, "y")
     assert not calls
+
+
+def test_a_recorded_step_runs_again_and_says_what_failed() -> None:
+    experts, network = _experts(), FeedForward(D, F)
+    x_TD, ids_TK, weights_TK = torch.randn(6, D), _ids(6), torch.rand(6, K)
+    tape = Tape(lambda: network(experts(x_TD, ids_TK, weights_TK)))
+    x_TD.normal_()
+    ids_TK.copy_(_ids(6))
+    assert torch.equal(tape.replay(), network(experts(x_TD, ids_TK, weights_TK)))
+    ids_TK[3, 1] = E
+    with pytest.raises(RuntimeError, match="experts_fp32 failed"):
+        tape.replay()

@@ -10,7 +10,8 @@
 #include "dot.h"
 
 constexpr long ROWS = 512;         // of one expert in a task
-constexpr long STRIP = 16;         // rows that pass together over a block of weights
+constexpr long STRIP = 16;         // rows that pass together over a block of weights at most
+constexpr long NEAR = 32 << 10;    // bytes of such rows that stay in a core's first cache
 constexpr long WIDTH = 256;        // columns of a task at most
 constexpr long BLOCK = 256 << 10;  // bytes of weights that stay in a core's second cache
 constexpr long UNIT = 64 << 10;    // bytes of weights that are worth a task
@@ -70,6 +71,11 @@ static void product(bool first, long rows, const X *const *x, const X *w, long c
 
 namespace {
 
+// Rows that pass together: where they are few, all of them, as the memory is slower than any cache.
+template <class X> static long together(long rows, long K) {
+    return rows <= STRIP || STRIP * K * long(sizeof(X)) <= NEAR ? STRIP : 4;
+}
+
 // Which rows there are. Row r belongs to token_R[r]; an expert's rows lie together, in the order of the tokens.
 struct Plan {
     struct Part {
@@ -116,8 +122,8 @@ template <class X> struct Layer {
     void hidden(const X *x, Plan::Part part, long f, long n) const {
         const X *w = w_in + (part.e * P * F + f) * D, *rows[STRIP];
         float z[STRIP * WIDTH], up[STRIP * WIDTH];
-        for (long i = 0; i < part.rows; i += STRIP) {
-            long count = at_most(part.rows - i, STRIP), row = part.row + i;
+        for (long i = 0, step = together<X>(part.rows, D); i < part.rows; i += step) {
+            long count = at_most(part.rows - i, step), row = part.row + i;
             for (long m = 0; m < count; m++) rows[m] = x + plan.token_R[row + m] * D;
             product(!i, count, rows, w, n, D, z, n);
             if (P == 2) product(!i, count, rows, w + F * D, n, D, up, n);
@@ -148,8 +154,8 @@ template <class X> struct Layer {
         for (long p = 0; p < plan.parts_count; p++) {
             Plan::Part part = plan.parts[p];
             const X *w = w_out + (part.e * D + d) * F;
-            for (long i = 0; i < part.rows; i += STRIP) {
-                long count = at_most(part.rows - i, STRIP), row = part.row + i;
+            for (long i = 0, step = together<X>(part.rows, F); i < part.rows; i += step) {
+                long count = at_most(part.rows - i, step), row = part.row + i;
                 for (long m = 0; m < count; m++) rows[m] = a_RF + (row + m) * F;
                 product(!i, count, rows, w, n, F, own + row * n, n);
                 if (b_out)
@@ -208,40 +214,38 @@ template <class P> static void take(P *&own, char *&room, long count) {
     room += share(count * long(sizeof(P)), 64) * 64;
 }
 
-// `room` holds an int64, whatever `expert_native.py` counts for `at_once` tokens, and gaps up to multiples of 64
-// bytes. The int64 becomes 1 where an id is no expert's, and y is then not written.
+// 0, or 1 where an id is no expert's: y is then not written. `room` holds whatever `expert_native.py` counts for
+// `at_once` tokens, and gaps up to multiples of 64 bytes.
 template <class X>
-static void experts(const X *x, const int64_t *ids, const float *weights, X *y, char *room, Layer<X> layer, long T,
-                    long K, long at_once, int threads) {
+static int experts(const X *x, const int64_t *ids, const float *weights, X *y, char *room, Layer<X> layer, long T,
+                   long K, long at_once, int threads) {
     long most = at_most(T, at_once) * K, in = layer.P * layer.D * long(sizeof(X)), out = layer.F * long(sizeof(X));
     Plan &plan = layer.plan;
-    int64_t *failed;
-    take(failed, room, 1);
     take(plan.first_E, room, layer.E + 1);
     take(plan.parts, room, most);
     take(plan.token_R, room, most);
     take(plan.slot_TK, room, most);
     take(layer.a_RF, room, most * layer.F);
     take(layer.out, room, most * layer.D);
-    *failed = 0;
     for (long i = 0; ids && i < T * K; i++)
-        if (ids[i] >= layer.E) *failed = 1;
-    for (long t = 0; t < T && !*failed; t += at_once) {
+        if (ids[i] >= layer.E) return 1;
+    for (long t = 0; t < T; t += at_once) {
         long own = at_most(T - t, at_once);
         plan.make(ids ? ids + t * K : nullptr, own, K, layer.E);
         layer.width_F = Layer<X>::columns(layer.F, plan.parts_count, in, in, threads);
         layer.width_D = Layer<X>::columns(layer.D, 1, at_least(plan.experts_count, 1) * out, out, threads);
         layer.run(x + t * layer.D, weights ? weights + t * K : nullptr, y + t * layer.D, own, K, threads);
     }
+    return 0;
 }
 
 #define EXPERTS(NAME, X)                                                                                              \
-    extern "C" void NAME(const void *x, const void *ids, const void *weights, const void *w_in, const void *b_in,     \
-                         const void *w_out, const void *b_out, void *y, void *room, long T, long K, long D, long E,   \
-                         long F, long P, long at_once, int threads) {                                                 \
+    extern "C" int NAME(const void *x, const void *ids, const void *weights, const void *w_in, const void *b_in,      \
+                        const void *w_out, const void *b_out, void *y, void *room, long T, long K, long D, long E,    \
+                        long F, long P, long at_once, int threads) {                                                  \
         Layer<X> layer = {(const X *)w_in, (const X *)b_in, (const X *)w_out, (const X *)b_out, D, E, F, P};          \
-        experts((const X *)x, (const int64_t *)ids, (const float *)weights, (X *)y, (char *)room, layer, T, K,        \
-                at_once, threads);                                                                                    \
+        return experts((const X *)x, (const int64_t *)ids, (const float *)weights, (X *)y, (char *)room, layer, T, K, \
+                       at_once, threads);                                                                             \
     }
 
 EXPERTS(experts_bf16, bf16)
