@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import small_tokenizer
+from fake_engine import FakeEngine, small_tokenizer
 from serving import TEMPLATE, until
+
+from coterie.serve.limits import Life
+from coterie.serve.run import _end
+from coterie.serve.settings import ServerSettings
 
 httpx = pytest.importorskip("httpx")
 HERE = Path(__file__).resolve().parent
@@ -138,6 +143,15 @@ def test_a_port_that_is_taken_is_told_of(tmp_path: Path) -> None:
         )
     assert second.returncode != 0
     assert f"cannot listen at 127.0.0.1 port {port}" in second.stderr
+
+
+def test_an_engine_that_hangs_does_not_keep_the_process() -> None:
+    engine, life = FakeEngine(), Life(ServerSettings())
+    engine.stop = lambda grace_s=0.0: time.sleep(60)
+    start = time.monotonic()
+    asyncio.run(_end(engine, life, 0.0))
+    assert time.monotonic() - start < 30
+    assert life.draining
 
 
 def _save_model(folder: Path) -> Any:
