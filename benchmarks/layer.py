@@ -98,7 +98,7 @@ def _build(case: Case, names: tuple[str, ...]) -> dict[str, Layer]:
 
 def _forward(layer: Layer, x_TD: Tensor) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        with torch.no_grad():
+        with torch.inference_mode():
             return layer.run(x_TD)
 
     return run

@@ -95,7 +95,6 @@ def coterie(case: Case, weights: Weights) -> Layer:
     config = MoEConfig(top_k=case.top_k, hidden=case.hidden, gate=GateConfig(aux_weight=0.0))
     module = MoE(case.dim, case.experts, config, device=case.device, dtype=case.dtype)
     _copy((module.gate.weight, module.experts.w_in, module.experts.w_out), weights)
-    module.experts.pack()  # as inference does it; training reads the weights themselves
     return Layer(lambda x_TD: module(x_TD[None]).y[0], module)
 
 

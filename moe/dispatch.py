@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels import native
 from ..kernels.permute import Plan, permute, plan_rows, plan_slots, unpermute
 from ..parallel.all_to_all import Land, Network
 from ..parallel.exchange import Exchange, Flat, Trip
@@ -20,7 +21,7 @@ from .experts import Chunks
 from .gate import Routing
 
 RunExperts = Callable[..., Any]
-"""`Experts.forward`: (rows, plan, weights) to answers, or `Chunks` of rows."""
+"""`Experts.forward`: (rows, plan or choices, weights) to answers, or `Chunks` of rows."""
 
 
 Finish = Callable[[RunExperts], Tensor]
@@ -35,6 +36,8 @@ class LocalDispatch:
 
     def start(self, x_TD: Tensor, routing: Routing) -> Finish:
         """Nothing travels."""
+        if native.ready(x_TD):  # one call takes the choices as they are
+            return lambda experts: experts(x_TD, routing.ids_TK, routing.weights_TK)
         plan = plan_rows(routing.ids_TK, routing.stats.kept_E.shape[0])
         return lambda experts: experts(x_TD, plan, routing.weights_TK)
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import expert_native
 from ..kernels.expert_mlp import expert_mlp
-from ..kernels.expert_mlp_packed import PackedExperts, can_pack
 from ..kernels.linear import linear
-from ..kernels.permute import Plan
+from ..kernels.permute import Plan, plan_rows
 from ..parallel.tensor import local_part
 
 _FEW = 64  # rows for which starting an operation costs more than its work
@@ -67,7 +67,6 @@ class Experts(nn.Module):
         self.w_out = nn.Parameter(torch.empty(num_experts, dim, hidden, **at))
         self.b_in = nn.Parameter(torch.empty(num_experts, *shape, **at)) if bias else None
         self.b_out = nn.Parameter(torch.empty(num_experts, dim, **at)) if bias else None
-        self.packed: PackedExperts | None = None
         self.once: Callable[[Tensor], Tensor] = identity
         self.slices: Callable[[Callable[..., Tensor], Tensor, Plan, Tensor | None], Tensor] | None = None
         self.reset_parameters()
@@ -75,62 +74,44 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         _reset(self)
 
-    def pack(self) -> None:
-        """Keeps the weights a second time, as the products of a CPU read them: for calls without gradients, until
-        the weights change. Elsewhere it does nothing."""
-        w_in, w_out = local_part(self.w_in).flatten(1, 2), local_part(self.w_out)
-        self.packed = PackedExperts(w_in, w_out, self.activation) if can_pack(w_in) else None
-
-    def train(self, mode: bool = True) -> Experts:
-        """Training writes to the weights in ways that a pack may not see, so it drops the pack."""
-        if mode:
-            self.packed = None
-        super().train(mode)
-        return self
-
     def forward(
-        self, x_TD: Tensor | Chunks, plan: Plan | None = None, weights_TK: Tensor | None = None
+        self, x_TD: Tensor | Chunks, plan: Plan | Tensor | None = None, weights_TK: Tensor | None = None
     ) -> Tensor | list[Tensor]:
-        """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`; weights of None mean ones. For `Chunks` the answers
-        of all pieces."""
-        own = self._own()
+        """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`, or over a router's choices ids_TK, of which -1 is
+        none; weights of None mean ones. For `Chunks` the answers of all pieces."""
         if isinstance(x_TD, Chunks):
-            return self._by_pieces(x_TD, own)
+            return self._by_pieces(x_TD, self._own())
         assert plan is not None
-        return self._sliced(own, self._pack_of(own), x_TD, plan, weights_TK)
+        if isinstance(plan, Tensor):
+            return self._chosen(x_TD, plan, weights_TK)
+        return self._sliced(self._own(), x_TD, plan, weights_TK)
 
-    def _own(self) -> list[Tensor | None]:
+    def _chosen(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+        own = self._own()
+        if self.slices is None and expert_native.ready(x_TD, *own):
+            return expert_native.experts(x_TD, ids_TK, weights_TK, *own, activation=self.activation)
+        return self._sliced(own, x_TD, plan_rows(ids_TK, len(own[1])), weights_TK)
+
+    def _own(self) -> list[Any]:
         """w_in (E, N, D), w_out, b_in (E, N), b_out of this rank."""
         b_in = None if self.b_in is None else local_part(self.b_in).flatten(1)
         b_out = None if self.b_out is None else self.once(local_part(self.b_out))
         return [local_part(self.w_in).flatten(1, 2), local_part(self.w_out), b_in, b_out]
 
-    def _pack_of(self, own: Sequence[Any]) -> PackedExperts | None:
-        """The pack, where it may be used and still holds these weights."""
-        if self.packed is None or torch.is_grad_enabled() or not can_pack(own[0]):
-            return None
-        if not self.packed.fresh(own[0], own[1]):
-            self.packed = None
-        return self.packed
-
-    def _by_pieces(self, chunks: Chunks, own: Sequence[Tensor | None]) -> list[Tensor]:
+    def _by_pieces(self, chunks: Chunks, own: Sequence[Any]) -> list[Tensor]:
         shares = [[None] * chunks.number if part is None else part.chunk(chunks.number) for part in own]
         answers = []
         for (x_QD, plan), *some in zip(chunks.pieces, *shares, strict=True):
-            answers.append(self._sliced(some, None, x_QD, plan, None))
+            answers.append(self._sliced(some, x_QD, plan, None))
             chunks.answer(answers[-1])
         return answers
 
-    def _sliced(self, own: Sequence[Any], packed: PackedExperts | None, *rows: Any) -> Tensor:
-        compute = partial(self._compute, own, packed)
+    def _sliced(self, own: Sequence[Any], *rows: Any) -> Tensor:
+        compute = partial(self._compute, own)
         return compute(*rows) if self.slices is None else self.slices(compute, *rows)
 
-    def _compute(
-        self, own: Sequence[Any], packed: PackedExperts | None, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None
-    ) -> Tensor:
+    def _compute(self, own: Sequence[Any], x_TD: Tensor, plan: Plan, weights_TK: Tensor | None) -> Tensor:
         w_in, w_out, b_in, b_out = own
-        if packed is not None:
-            return packed(x_TD, plan, weights_TK, b_in, b_out)
         return expert_mlp(
             x_TD, plan, w_in, w_out, weights_TK=weights_TK, b_in_EN=b_in, b_out_ED=b_out, activation=self.activation
         )
@@ -174,6 +155,9 @@ class FeedForward(nn.Module):
         w_ND, w_DF = local_part(self.w_in).flatten(0, 1), local_part(self.w_out)
         b_N = None if self.b_in is None else local_part(self.b_in).flatten()
         b_D = None if self.b_out is None else self.once(self.b_out)
+        if expert_native.ready(x, w_ND, w_DF, b_N, b_D):
+            x = self.enter(x)
+            return self.leave(expert_native.feed_forward(x.contiguous(), w_ND, w_DF, b_N, b_D, self.activation))
         many = torch.is_grad_enabled() or x.numel() >= _FEW * x.shape[-1]
         fast = many and x.device.type == "cpu" and x.dtype == w_ND.dtype == torch.float32
         run = self._as_one_expert if fast else self._plain

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from engines import CONFIG, ask, drain, engine, model, prompt, recomputed
+from engines import CONFIG, ask, drain, engine, model, prompt, recomputed, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +18,7 @@ from coterie.infer.request import SamplingParams
 from coterie.infer.sampling import Row
 from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT
+from coterie.models.weights import save_model
 
 ROW = Row(SamplingParams(temperature=0.0))
 
@@ -189,7 +190,7 @@ def counted(draft: GPT | None, kind: str, requests: int, **asked) -> torch.Tenso
 @pytest.mark.parametrize("asked", [{}, {"temperature": 0.7, "top_k": 3}, {"repetition_penalty": 1.6}], ids=str)
 @pytest.mark.parametrize("kind", ["model", "ngram"])
 def test_sampled_texts_come_as_often_as_without_guesses(kind: str, asked: dict) -> None:
-    count = 1000
+    count = 700
     plain_C = counted(None, "", count, **asked)
     guessed_C = counted(tiny(2) if kind == "model" else None, "ngram" if kind == "ngram" else "", count, **asked)
     both_C = plain_C + guessed_C
@@ -245,3 +246,19 @@ def test_more_sequences_than_scratch_blocks_are_guessed_for_in_turns(monkeypatch
     drain(served)
     assert [client.tokens() for client in clients] == [recomputed(ids, 9) for ids in prompts]
     assert sum(r.accepted for r in reports) == sum(r.drafted for r in reports) > 0
+
+
+def test_an_engine_opens_the_draft_model_that_it_is_told_of(tmp_path) -> None:
+    for name, one in (("model", model()), ("student", student("shallow"))):
+        save_model(tmp_path / name, one)
+        tokenizer().save(tmp_path / name / "tokenizer.json")
+    settings = {"block_size": 4, "budget": 64, "device": "cpu"}
+    served = Engine.open(tmp_path / "model", EngineConfig(draft=str(tmp_path / "student"), **settings))
+    reports: list[StepReport] = []
+    served.watch(reports.append)
+    client = ask(served, prompt(9), 12)
+    drain(served)
+    assert client.tokens() == recomputed(prompt(9))
+    assert sum(r.drafted for r in reports) > 0
+    with pytest.raises(FileNotFoundError):
+        Engine.open(tmp_path / "model", EngineConfig(draft=str(tmp_path / "nobody"), **settings))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, get_args
 
 import pytest
@@ -17,8 +16,7 @@ from coterie.infer.request import Key
 from coterie.infer.step import Policy, Step
 from coterie.kernels import native
 
-EXPERTS = find_spec("coterie.kernels.expert_native") is not None
-NATIVE = pytest.mark.skipif(native.library() is None or not EXPERTS, reason="needs the native kernels")
+NATIVE = pytest.mark.skipif(native.library() is None, reason="needs the native kernels: torch's own sums differ")
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
     pytest.param(torch.bfloat16, id="bf16", marks=NATIVE),
@@ -100,9 +98,9 @@ def test_a_pool_too_small_for_all(cached: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_preemption_at_every_step(dtype: torch.dtype) -> None:
-    """Also of everything, step after step."""
-    for victim in (*range(30), None):
-        served = engine(budget=40, dtype=dtype, prefix_cache=victim is None or victim % 2 == 0)
+    """Every other one, and of everything time after time."""
+    for victim in (*range(0, 30, 2), None):
+        served = engine(budget=40, dtype=dtype, prefix_cache=victim is None or victim % 4 == 0)
         clients, steps = _asked(served), 0
         while not served.idle:
             served.step()

@@ -1,5 +1,7 @@
 """Attention over blocks: against fp64, over every kind of cache, and the same bits for any batch and chunking."""
 
+import random
+
 import pytest
 import torch
 from helpers import assert_close_rms
@@ -8,7 +10,7 @@ from paged import KINDS, MIXES, Steps
 from coterie.kernels import native
 from coterie.kernels.backend import forced
 from coterie.kernels.paged_attention import paged_attention, store_and_attend, store_kv
-from coterie.kernels.paged_kv import FP8, LARGEST, quantize
+from coterie.kernels.paged_kv import FP8, LARGEST, quantize, rows_of
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 PATHS = ["reference", "torch", pytest.param("native", marks=needs_native)]
@@ -121,3 +123,104 @@ def test_what_does_not_fit_is_refused() -> None:
         store_kv(steps.kv._replace(k_scale=torch.ones(1), v_scale=torch.ones(1)), k, v, ragged)
     with pytest.raises(ValueError, match="alike"):
         store_kv(steps.kv._replace(v=steps.kv.v.half()), k, v, ragged)
+
+
+def any_cut(lengths: list[int], seed: int) -> list[list[tuple[int, int, int]]]:
+    """Steps that compute all tokens of all sequences, cut and mixed at random."""
+    rng, done, steps = random.Random(seed), [0] * len(lengths), []
+    while any(d < length for d, length in zip(done, lengths, strict=True)):
+        pieces = []
+        for n in rng.sample(range(len(lengths)), len(lengths)):
+            end = min(lengths[n], done[n] + rng.choice([0, 1, 1, 2, 5, 33, 64, 200]))
+            if end > done[n]:
+                pieces.append((n, done[n], end))
+                done[n] = end
+        steps += [pieces] if pieces else []
+    return steps
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "fp8", "fp16"])
+@pytest.mark.parametrize("window", [0, 70])
+def test_no_batch_cut_or_block_changes_a_bit(kind: str, window: int) -> None:
+    lengths, threads = [1, 130, 64, 700, 17], torch.get_num_threads()
+    for dtype in (torch.float32, torch.bfloat16):
+        steps = Steps([(length, length) for length in lengths], kind=KINDS[kind], dtype=dtype)
+        alone = [run(steps, "native", [(n, 0, length)], window=window) for n, length in enumerate(lengths)]
+        for seed in range(3):
+            steps.place()
+            got = [torch.full_like(x, float("nan")) for x in alone]
+            torch.set_num_threads(seed + 1)
+            try:
+                for pieces in any_cut(lengths, seed):
+                    out = run(steps, "native", pieces, window=window)
+                    for (n, start, end), rows in zip(pieces, out.split([e - s for _, s, e in pieces]), strict=True):
+                        got[n][start:end] = rows
+            finally:
+                torch.set_num_threads(threads)
+            for n, want in enumerate(alone):
+                assert torch.equal(got[n], want), f"sequence {n}"
+
+
+@needs_native
+def test_one_long_sequence_is_split_among_many_threads() -> None:
+    threads = torch.get_num_threads()
+    steps = Steps([(2100, 1)], heads=6, groups=3, dtype=torch.bfloat16, kind=torch.bfloat16)
+    steps.earlier()
+    want = None
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        try:
+            got = run(steps, "native")
+        finally:
+            torch.set_num_threads(threads)
+        want = got if want is None else want
+        assert torch.equal(got, want)
+    assert_close_rms(want, steps.expected(steps.last), TOLERANCE[torch.bfloat16])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_later_token_that_is_not_finite_harms_none_before_it(dtype: torch.dtype) -> None:
+    steps = Steps([(90, 60)], dtype=dtype, kind=dtype)
+    steps.earlier()
+    good = run(steps, "native")
+    for x in (steps.k, steps.v):
+        x[0][71] = float("inf")
+        x[0][80] = float("nan")
+    bad = run(steps, "native")
+    assert torch.equal(bad[:41], good[:41])
+    assert not torch.isfinite(bad[50:].float()).any()
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_stored_is_what_torch_stores(kind: str, dtype: torch.dtype) -> None:
+    steps = Steps([(40, 40), (9, 1)], width=40, kind=KINDS[kind], dtype=dtype)
+    for n in range(2):
+        for x in (steps.k[n], steps.v[n]):
+            x *= torch.logspace(-7, 4, x.shape[0])[:, None, None]
+            x[3, 1] = 0
+    q, k, v = steps.cut(steps.last)
+    ragged = steps.ragged(steps.last)
+    both = torch.stack((k, v), 1)
+    with torch.inference_mode():
+        store_and_attend(q, both[:, 0], both[:, 1], steps.kv, ragged)
+    got = [rows_of(x)[ragged.slots_T] for x in steps.kv if x is not None]
+    store_kv(steps.kv, k, v, ragged)
+    for mine, theirs in zip(got, [x for x in steps.kv if x is not None], strict=True):
+        assert torch.equal(mine, rows_of(theirs)[ragged.slots_T])
+
+
+@needs_native
+def test_a_block_outside_the_cache_is_an_error() -> None:
+    steps = Steps([(40, 1), (20, 1)], dtype=torch.bfloat16, kind=torch.bfloat16)
+    steps.earlier()
+    ragged = steps.ragged(steps.last)
+    q, k, v = steps.cut(steps.last)
+    tables = ragged.tables_NM.clone()
+    tables[0, 1] = steps.kv.k.shape[0]
+    for bad in (ragged._replace(tables_NM=tables), ragged._replace(slots_T=ragged.slots_T + 10**9)):
+        with torch.inference_mode(), pytest.raises(IndexError, match="outside"):
+            store_and_attend(q, k, v, steps.kv, bad)

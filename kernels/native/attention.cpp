@@ -95,12 +95,25 @@ template <class X, class K, class C> struct Layer {
     // The slots of a tile's keys up to `end`, and whether the table names blocks that there are.
     bool find(int n, int64_t start, int64_t end, long *slot) const {
         const int32_t *table = a.tables + n * a.columns;
-        for (int64_t p = start; p < end; p++) {
-            int64_t block = p / a.size < a.columns ? table[p / a.size] : -1;
+        int64_t column = start / a.size, offset = start % a.size;
+        for (int64_t p = start; p < end; column++, offset = 0) {
+            int64_t block = column < a.columns ? table[column] : -1;
             if (block < 0 || block >= a.blocks) return false;
-            slot[p - start] = block * a.size + p % a.size;
+            for (; offset < a.size && p < end; offset++, p++) slot[p - start] = block * a.size + offset;
         }
         return true;
+    }
+
+    // Asks for one head's keys and values of a tile while the tile before it is worked on.
+    void fetch(int group, const long *slot, int64_t count) const {
+        long bytes = a.d * long(sizeof(K));
+        for (int64_t i = 0; i < count; i++) {
+            long at = slot[i] * k.stride + group * a.d;
+            for (long b = 0; b < bytes; b += 64) {
+                __builtin_prefetch((const char *)(k.numbers + at) + b);
+                __builtin_prefetch((const char *)(v.numbers + at) + b);
+            }
+        }
     }
 
     void ready_rows(Scratch<C> &s, const Unit &u) const {
@@ -149,17 +162,21 @@ template <class X, class K, class C> struct Layer {
             for (int g = 0; g < u.groups; g++) put(a.starts[u.sequence], u.group + g);
         ready_rows(s, u);
         s.total.clear(rows, padded);
-        long slot[TILE];
+        long slot[TILE], ahead[TILE];
         float total[ROWS] = {};
         for (int64_t part = u.from; part < u.to; part++) {
             s.part.clear(rows, padded);
             int64_t start = std::max(part * PART, begin / TILE * TILE), stop = std::min((part + 1) * PART, end);
             for (; start < stop; start += TILE) {
-                if (!find(u.sequence, start, std::min(start + TILE, end), slot)) {
+                int64_t next = std::min(start + TILE, stop), last = std::min(next + TILE, stop);
+                if (!find(u.sequence, start, next, slot) || !find(u.sequence, next, last, ahead)) {
                     bad = true;
                     return;
                 }
-                for (int g = 0; g < u.groups; g++) tile(s, u, g, start, slot);
+                for (int g = 0; g < u.groups; g++) {
+                    fetch(u.group + g, ahead, last - next);
+                    tile(s, u, g, start, slot);
+                }
             }
             for (int i = 0; i < rows; i++) {
                 float sum_part = sum(s.part.sum[i]), *own = s.part.values + i * padded;

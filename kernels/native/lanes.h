@@ -92,17 +92,21 @@ template <> struct Words<bf16> {
 // out[i * stride + j] = row[j][i] for 16 rows of n <= 16 words; a null row is zeros.
 static inline void transpose(const word *const *row, long n, word *out, long stride) {
     __m512i a[16], b[16];
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i++) a[i] = row[i] ? _mm512_maskz_loadu_epi32(first(n), row[i]) : _mm512_setzero_si512();
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 4) {  // a[4 j + c]: column c of each quarter, of rows 4 j to 4 j + 3
         a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
         a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
         a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
+#pragma GCC unroll 16
     for (int c = 0; c < 4; c++) {
         __m512i lo0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), lo1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
         __m512i hi0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee), hi1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
@@ -111,7 +115,9 @@ static inline void transpose(const word *const *row, long n, word *out, long str
         b[8 + c] = _mm512_shuffle_i32x4(hi0, hi1, 0x88);
         b[12 + c] = _mm512_shuffle_i32x4(hi0, hi1, 0xdd);
     }
-    for (long i = 0; i < n; i++) _mm512_storeu_si512(out + i * stride, b[i]);
+#pragma GCC unroll 16
+    for (long i = 0; i < 16; i++)
+        if (i < n) _mm512_storeu_si512(out + i * stride, b[i]);
 }
 
 // out[i] holds a[i] and b[i], for n <= 32 numbers; out has room for 32 words. A null row is zeros.
