@@ -23,6 +23,7 @@ from coterie.serve.run import _end
 from coterie.serve.settings import ServerSettings
 
 httpx = pytest.importorskip("httpx")
+pytestmark = pytest.mark.slow  # each starts processes
 HERE = Path(__file__).resolve().parent
 FAKE = """
 import sys
@@ -170,7 +171,6 @@ def _save_model(folder: Path) -> Any:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
-@pytest.mark.slow
 def test_the_command_serves_a_model_as_the_pipeline_does(tmp_path: Path) -> None:
     import coterie
 
