@@ -102,6 +102,7 @@ class Flight:
 
         self._under_way[id] = sequences  # before: the engine may answer at once
         self.left += sequences
+        self._metrics.begin(id, len(prompt.tokens), self._arrival)
 
         def run() -> None:
             submit(sink, id)
@@ -113,8 +114,8 @@ class Flight:
             await asyncio.get_running_loop().run_in_executor(None, run)
         except BaseException:
             self.left -= self._under_way.pop(id, 0)
+            self._metrics.forget(id)
             raise
-        self._metrics.begin(id, len(prompt.tokens), self._arrival)
 
     def watch(self, receive: Receive) -> None:
         """Looks out for the client's disconnecting, and for a deadline that the engine misses."""

@@ -162,7 +162,7 @@ class Metrics:
         family.labels(**self._label, **labels).set(1)
 
     def begin(self, id: str, prompt_tokens: int, now: float | None = None) -> None:
-        """A request was taken."""
+        """A request is given to the engine: before, as its first tokens may come at once."""
         with self._lock:
             while len(self._records) >= MOST_RECORDS:
                 del self._records[next(iter(self._records))]
@@ -217,6 +217,11 @@ class Metrics:
             first, last = min(choice.first for choice in choices), max(choice.last for choice in choices)
             seen["vllm:request_decode_time_seconds"].observe(last - first)
             seen["vllm:request_inference_time_seconds"].observe(max(0.0, last - record.arrival - record.queued))
+
+    def forget(self, id: str) -> None:
+        """The engine did not take it after all: it is counted nowhere but by `rejected`."""
+        with self._lock:
+            self._records.pop(id, None)
 
     def rejected(self, code: int) -> None:
         """A request was refused with this HTTP status."""

@@ -141,9 +141,11 @@ async def _end(engine: Any, life: Life, seconds: float) -> None:
     """Takes no more requests, waits for those under way, aborts the rest and lets them say so."""
     life.draining = True
     await _until(lambda: life.active == 0 or engine.failure is not None, seconds)
+    # A thread that nobody waits for at the end: an engine that hangs must not keep the process.
+    stopping = threading.Thread(target=engine.stop, daemon=True)
     if engine.alive:
-        await asyncio.to_thread(engine.stop, 0.0)
-    await _until(lambda: life.active == 0, _LAST_WORDS)
+        stopping.start()
+    await _until(lambda: life.active == 0 and not stopping.is_alive(), _LAST_WORDS)
 
 
 async def _until(done: Callable[[], bool], seconds: float) -> None:

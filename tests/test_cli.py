@@ -56,13 +56,28 @@ def test_the_parser_refuses_what_does_not_exist(argv, capsys) -> None:
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_serve_refuses_before_the_model_is_read(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("COTERIE_API_KEYS", raising=False)
+    for argv, words in (
+        (["--host", "0.0.0.0"], "no API key is set"),
+        (["--keys-file", str(tmp_path / "none")], "cannot be read"),
+        ([], "there is no"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["serve", str(tmp_path / "absent"), *argv])
+        assert left.value.code == 2
+        assert words in capsys.readouterr().err
+
+
 def test_help_lists_every_command_and_no_other(capsys) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("quickstart", "prepare", "pretrain", "generate", "report", "bench"))
-    assert "• serve" not in shown
+    assert all(
+        name in shown for name in ("quickstart", "prepare", "pretrain", "generate", "serve", "report", "bench")
+    )
+    assert "• train" not in shown
 
 
 @pytest.mark.parametrize(

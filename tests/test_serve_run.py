@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,10 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import small_tokenizer
+from fake_engine import FakeEngine, small_tokenizer
 from serving import TEMPLATE, until
 
+from coterie.serve.limits import Life
+from coterie.serve.run import _end
+from coterie.serve.settings import ServerSettings
+
 httpx = pytest.importorskip("httpx")
+pytestmark = pytest.mark.slow  # each starts processes
 HERE = Path(__file__).resolve().parent
 FAKE = """
 import sys
@@ -140,6 +146,15 @@ def test_a_port_that_is_taken_is_told_of(tmp_path: Path) -> None:
     assert f"cannot listen at 127.0.0.1 port {port}" in second.stderr
 
 
+def test_an_engine_that_hangs_does_not_keep_the_process() -> None:
+    engine, life = FakeEngine(), Life(ServerSettings())
+    engine.stop = lambda grace_s=0.0: time.sleep(60)
+    start = time.monotonic()
+    asyncio.run(_end(engine, life, 0.0))
+    assert time.monotonic() - start < 30
+    assert life.draining
+
+
 def _save_model(folder: Path) -> Any:
     from coterie.models.config import ModelConfig
     from coterie.models.gpt import GPT
@@ -156,7 +171,6 @@ def _save_model(folder: Path) -> Any:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
-@pytest.mark.slow
 def test_the_command_serves_a_model_as_the_pipeline_does(tmp_path: Path) -> None:
     import coterie
 
