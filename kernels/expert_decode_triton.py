@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import jit, on_device, tl, triton
+from .backend import choose, jit, on_device, tl, triton
 from .expert_mlp_triton import _gelu
 from .grouped_gemm_triton import INTERPRETED
 
@@ -164,6 +164,12 @@ def _counter(device: torch.device, tiles: int) -> Tensor:
     if key not in _counters:
         _counters[key] = torch.zeros(tiles, dtype=torch.int32, device=device)
     return _counters[key]
+
+
+def ready(x_TD: Tensor, *weights: Tensor | None) -> bool:
+    """Whether the function below takes these: a few tokens in inference mode, where Triton runs."""
+    few = torch.is_inference_mode_enabled() and 0 < len(x_TD) <= MOST_TOKENS and choose(x_TD) == "triton"
+    return few and all(w is None or (w.dtype == x_TD.dtype and w.is_contiguous()) for w in weights)
 
 
 @on_device

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .backend import choose
 from .paged_attention_native import attend_native, fits
+from .paged_attention_triton import paged_attention_triton
 from .paged_kv import LayerKV, Ragged, check, gather_kv, store_torch
 
 __all__ = ["LayerKV", "Ragged", "paged_attention", "paged_attention_reference", "store_and_attend", "store_kv"]
@@ -55,6 +56,8 @@ def paged_attention(
         return attend_native(q_THd, kv, ragged, scale=factor, window=window, sinks_H=sinks_H)
     if choose(q_THd) == "reference":
         return paged_attention_reference(q_THd, kv, ragged, scale=factor, window=window, sinks_H=sinks_H)
+    if choose(q_THd) == "triton":
+        return paged_attention_triton(q_THd, kv, ragged, factor, window, sinks_H)
     return _torch(q_THd, kv, ragged, factor, window, sinks_H)
 
 

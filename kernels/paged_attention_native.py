@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def attend_native(
 
 
 @functools.cache
-def _kernel(name: str) -> ctypes._NamedFuncPointer:
+def _kernel(name: str) -> Callable[..., None]:
     return native.function(name, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels import native
+from ..kernels import expert_decode_triton, native
 from ..kernels.permute import Plan, permute, plan_rows, plan_slots, unpermute
 from ..parallel.all_to_all import Land, Network
 from ..parallel.exchange import Exchange, Flat, Trip
@@ -36,7 +36,7 @@ class LocalDispatch:
 
     def start(self, x_TD: Tensor, routing: Routing) -> Finish:
         """Nothing travels."""
-        if native.ready(x_TD):  # one call takes the choices as they are
+        if native.ready(x_TD) or expert_decode_triton.ready(x_TD):  # these take the choices as they are
             return lambda experts: experts(x_TD, routing.ids_TK, routing.weights_TK)
         plan = plan_rows(routing.ids_TK, routing.stats.kept_E.shape[0])
         return lambda experts: experts(x_TD, plan, routing.weights_TK)

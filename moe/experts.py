@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import expert_native
+from ..kernels import expert_decode_triton, expert_native
 from ..kernels.expert_mlp import expert_mlp
 from ..kernels.linear import linear
 from ..kernels.permute import Plan, plan_rows
@@ -90,6 +90,10 @@ class Experts(nn.Module):
         own = self._own()
         if self.slices is None and expert_native.ready(x_TD, *own):
             return expert_native.experts(x_TD, ids_TK, weights_TK, *own, activation=self.activation)
+        if self.slices is None and expert_decode_triton.ready(x_TD, *own):
+            return expert_decode_triton.expert_decode_triton(
+                x_TD, ids_TK, weights_TK, *own, activation=self.activation
+            )
         return self._sliced(own, x_TD, plan_rows(ids_TK, len(own[1])), weights_TK)
 
     def _own(self) -> list[Any]:

@@ -8,9 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coterie.infer.paged import KVPool, PagedCache
+from coterie.infer.step import Slice
+from coterie.kernels import expert_decode_triton as expert_decode_triton_module
+from coterie.kernels.backend import forced
 from coterie.kernels.expert_decode_triton import MOST_TOKENS, expert_decode_triton
 from coterie.kernels.paged_attention_triton import PART, paged_attention_triton
 from coterie.kernels.paged_kv import LayerKV, Ragged, quantize
+from coterie.models.config import ModelConfig
+from coterie.models.gpt import GPT
+from coterie.moe.config import MoEConfig
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
@@ -152,3 +159,42 @@ def test_too_many_tokens_are_refused() -> None:
     x, ids, weights, *rest = experts(MOST_TOKENS + 1, 1, 2, 8, 8, "swiglu", False)
     with pytest.raises(ValueError, match="made for 1 to 16"):
         expert_decode_triton(x, ids, weights, *rest)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
+def test_a_model_decodes_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk and a decode through the Triton paths give what the torch paths give."""
+    config = ModelConfig(
+        vocab_size=37,
+        max_positions=64,
+        layers=2,
+        dim=24,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        hidden=20,
+        experts=(0, 4),
+        moe=MoEConfig(top_k=2, hidden=16),
+    )
+    model = GPT(config).eval()
+    model.init_weights(3)
+    calls: list[int] = []
+    run = expert_decode_triton_module.expert_decode_triton
+    monkeypatch.setattr(
+        expert_decode_triton_module, "expert_decode_triton", lambda *a, **k: calls.append(len(a[0])) or run(*a, **k)
+    )
+
+    def logits(backend: str) -> list[Tensor]:
+        cache, found = PagedCache(KVPool(config, 8, 8)), []
+        with torch.inference_mode(), forced(backend):
+            for start, count in ((0, 11), (11, 1)):
+                tokens = tuple((5 * i + 3) % 37 for i in range(start, start + count))
+                step = cache.begin([Slice(("a", 0), start, tokens, (4, 2), True)])
+                found.append(model(*step, cache=cache).logits_BSV)
+        return found
+
+    expected = logits("reference")
+    assert not calls
+    for ours, theirs in zip(logits("interpret"), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert calls == [11, 1]
