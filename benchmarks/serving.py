@@ -127,7 +127,7 @@ async def _reach(client: Client, load: Load, work: Workload) -> _Sender:
                 raise ValueError(f"{load.url} refused the first request with {seen.error}: {seen.detail}")
         if time.perf_counter() > end:
             raise ValueError(f"{load.url} gave no answer within {load.wait:g} s")
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.1)
 
 
 def _first_model(text: str, url: str) -> str:

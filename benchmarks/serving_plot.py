@@ -62,6 +62,9 @@ def draw(rows: Sequence[Row], path: str | Path) -> None:
             axes.set_ylim(-0.03, 1.03)
         elif axes.lines:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:.3g}")
+            axes.tick_params(axis="y", which="both", labelsize=7)
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -71,6 +71,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from coterie.kernels import cross_entropy, expert_mlp_triton as mlp, expert_sums_triton as sums, gate_triton as gate
+from coterie.kernels import expert_decode_triton as decode, paged_attention_triton as paged
 from coterie.kernels import grouped_gemm_triton as gemm, kl, permute_triton as permute, rmsnorm, rope
 
 H, I, W, i = "*bf16", "*i64", "*fp32", "i32"
@@ -81,6 +82,9 @@ TYPES |= dict.fromkeys("source_ptr counts_ptr slot_ptr ids_A rank_A slot_A sourc
     " replay_TK targets".split(), I)
 TYPES |= dict.fromkeys("weights_ptr parts_ptr weights_TK dweights_TK logits_TE scores_TE dscores_TE dlogits_TE bias_E"
     " loss scale dw cos sin".split(), W)
+TYPES |= dict.fromkeys("tables_ptr starts_ptr lengths_ptr done_ptr".split(), "*i32") | dict.fromkeys("A N"
+    " table_stride".split(), i) | dict.fromkeys("k_scale_ptr v_scale_ptr sinks_ptr sums_ptr part_ptr".split(), W)
+TYPES |= dict(rate="fp32", ids_ptr=I)
 TILE = dict(V=16, GROUP=8, PER_SM=1, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64)
 GEMM = dict(TILE, C=256, D=256, F=128, M=256, N=384, E=8, K=2, TURNED=True, TAIL=True, GATED=True, HAS_BIAS=True,
     GATHER_A=False, GATHER_B=True, HAS_SOURCE=True, HAS_WEIGHTS=True)
@@ -96,6 +100,12 @@ CASES += [(k, MOVE) for k in (permute._rank_kernel, permute._place_kernel, permu
     permute._unpermute_kernel, permute._unpermute_backward_kernel)]
 CASES += [(k, ROWS) for k in (rmsnorm._forward_kernel, rmsnorm._backward_kernel, cross_entropy._loss_kernel,
     kl._kl_kernel)] + [(rope._rope_kernel, dict(HEADS=32, BLOCK=64))]
+PAGED = dict(H=32, D=128, PART=512, WINDOW=128, HAS_SINKS=True, G=4, SIZE=16, SCALED=False, BLOCK_H=8, BLOCK_T=8,
+    BLOCK_D=128, BLOCK_N=64)
+FEW = dict(D=2048, F=768, K=8, BLOCK_A=128, BLOCK_T=16, HAS_BIAS=True, GATED=True, HAS_WEIGHTS=True)
+CASES += [(paged._attention_kernel, dict(PAGED, SPLIT=split)) for split in (False, True)]
+CASES += [(paged._combine_kernel, dict(PAGED, BLOCK_H=32)), (decode._up_kernel, dict(FEW, BLOCK_F=32, BLOCK_D=128)),
+    (decode._down_kernel, dict(FEW, BLOCK_D=32, BLOCK_F=128))]
 for kernel, values in CASES:
     function = kernel.fn if hasattr(kernel, "configs") else kernel
     names = function.arg_names
