@@ -2,12 +2,15 @@
 
 import gc
 import threading
+import time
 import tracemalloc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fake_engine import EXPERTS, LAYERS, FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
+from serving import client_of, complete
 
 import coterie.serve.metrics as module
 from coterie.infer.outputs import Delta, StepReport
@@ -322,3 +325,25 @@ def test_a_scrape_waits_for_no_sink_that_waits_for_it() -> None:
     scrape.join(5)
     assert not step.is_alive()
     assert not scrape.is_alive()
+
+
+def test_a_request_that_is_answered_before_its_taking_is_known_is_counted() -> None:
+    class Quick(FakeEngine):
+        def submit(self, *arguments: Any, **named: Any) -> str:
+            id = super().submit(*arguments, **named)
+            time.sleep(0.2)  # meanwhile the engine's thread gives the whole answer
+            return id
+
+    engine = Quick()
+    with client_of(engine) as client:
+        assert complete(client, max_tokens=3).status_code == 200
+        engine.refuse = QueueFull("full")
+        assert complete(client, max_tokens=3).status_code == 429
+        lines = client.get("/metrics").text.splitlines()
+        found = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("vllm:")}
+        reasons = [line for line in lines if line.startswith("vllm:request_success") and not line.endswith(" 0.0")]
+        assert found["vllm:generation_tokens_total"] == 3
+        assert found["vllm:time_to_first_token_seconds_count"] == 1
+        assert len(reasons) == 1
+        assert 'finished_reason="length"' in reasons[0]
+        assert not client.app.state.service.metrics._records  # pyright: ignore

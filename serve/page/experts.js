@@ -67,8 +67,10 @@ export class Experts {
     experts.forEach((count, layer) => this.grow(layer, count - 1));
     const text = document.getElementById("shape");
     const kinds = [...new Set(experts)];
-    const each = kinds.length === 1 ? `${kinds[0]} experts in each of ${experts.length} layers` : `${experts.length} layers of experts`;
-    if (experts.length) text.textContent = topK ? `${each}; ${topK} of them compute each token.` : `${each}.`;
+    const layers = `${experts.length} layer${experts.length === 1 ? "" : "s"}`;
+    const each = kinds.length === 1 ? `${kinds[0]} experts in each of ${layers}` : `${experts.join(", ")} experts in ${layers}`;
+    const few = topK === 1 ? "one of them computes" : `${topK} of them compute`;
+    if (experts.length) text.textContent = topK ? `${each}; ${few} each token.` : `${each}.`;
     else text.textContent = "This model has no experts: all of it computes each token.";
     this.draw();
   }
