@@ -68,6 +68,9 @@ class KVPool:
             raise ValueError(f"{blocks} blocks of {size} tokens hold nothing: give at least 1 of each")
         self.blocks, self.size = blocks, size
         self.dtype = _type(dtype, model_dtype)
+        on_cuda = torch.device(device or "cpu").type == "cuda"
+        if on_cuda and self.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(device) < (8, 9):
+            raise ValueError("keys and values in fp8 need a GPU of compute capability 8.9 or more: give int8")
         shape = (2, config.layers, blocks, size, config.num_kv_heads, config.width_per_head)
         self._store = torch.empty(shape, dtype=self.dtype, device=device)
         scaled = self.dtype in LARGEST

@@ -18,6 +18,9 @@ from .request import FinishReason, Key, Request, State
 from .roster import Roster, age
 from .step import STATIC_BUDGET, Event, Result, SchedulerConfig, Slice, Step
 
+FOR_PROMPTS = 16
+"""Tokens of a step that guesses leave to prompts which wait."""
+
 
 @dataclass(slots=True)
 class _Plan:
@@ -104,13 +107,13 @@ class Scheduler:
         prompts = sorted((r for r in running if not r.decoding), key=age)
         plan = _Plan(self._steps, self._budget(decodes), self.config.max_sequences)
         if self.config.policy != "prefill_first":
-            self._decode(plan, decodes)
+            self._decode(plan, decodes, FOR_PROMPTS if prompts or self.roster.waiting else 0)
         if self.config.policy != "prefill_first" or not decodes or self._patient():
             self._continue(plan, prompts)
             if not plan.preempted:  # blocks just taken from one are not for another
                 self._admit(plan, now)
         if self.config.policy == "prefill_first" and not plan.slices:
-            self._decode(plan, decodes)
+            self._decode(plan, decodes, 0)
             self._without_decodes = 0
         slices = tuple(piece for _, piece in plan.slices)
         step = Step(plan.number, slices, tuple(plan.copies), tuple(plan.preempted), tuple(expired))
@@ -134,13 +137,14 @@ class Scheduler:
         self._without_decodes += 1
         return self._without_decodes <= self.config.max_overtakes
 
-    def _decode(self, plan: _Plan, decodes: list[Request]) -> None:
-        """One token each, those served longest ago first, and guesses where every other still gets its token."""
+    def _decode(self, plan: _Plan, decodes: list[Request], reserved: int) -> None:
+        """One token each, those served longest ago first, and guesses where every other still gets its token and
+        prompts get `reserved` ones."""
         for i, request in enumerate(decodes):
             if plan.full:
                 return
             if request.state is State.RUNNING:
-                spare = max(0, plan.left - (len(decodes) - i))
+                spare = max(0, plan.left - (len(decodes) - i) - reserved)
                 request.speculative = request.speculative[:spare]
                 copies = self._make_room(plan, request)
                 if copies is not None:

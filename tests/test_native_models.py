@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import assert_close_rms
 
-from coterie.infer.cache import DenseCache
+from coterie.infer.paged import KVPool, PagedCache
+from coterie.infer.step import Slice
 from coterie.kernels import native
 from coterie.models.config import ModelConfig, RopeScaling
 from coterie.models.gpt import GPT
@@ -68,10 +69,13 @@ def test_same_logits_with_and_without(model: GPT, cached: bool, monkeypatch: pyt
     def logits() -> torch.Tensor:
         if not cached:
             return model(tokens).logits_BSV
-        cache, parts = DenseCache(model.config, 3, 17), []
-        for part in tokens.split([9, 1, 7], dim=1):
-            parts.append(model(part, cache=cache).logits_BSV)
-            cache.advance(part.shape[1])
+        cache, parts = PagedCache(KVPool(model.config, 9, 8)), []
+        for start, end in ((0, 9), (9, 10), (10, 17)):
+            slices = [
+                Slice((str(n), 0), start, tuple(row[start:end]), (3 * n, 3 * n + 2, 3 * n + 1), True)
+                for n, row in enumerate(tokens.tolist())
+            ]
+            parts.append(model(*cache.begin(slices), cache=cache).logits_BSV.view(3, end - start, -1))
         return torch.cat(parts, 1)
 
     called: list[int] = []

@@ -202,3 +202,9 @@ def test_begin_lays_slices_end_to_end(given_slices: tuple[int, list[Slice]]) -> 
         assert row == list(piece.blocks) + [0] * (len(row) - len(piece.blocks))
     assert (tokens.dtype, positions.dtype, ragged.slots_T.dtype) == (torch.int64,) * 3
     assert (ragged.tables_NM.dtype, ragged.starts_N1.dtype, ragged.lengths_N.dtype) == (torch.int32,) * 3
+
+
+def test_fp8_is_refused_where_the_kernels_cannot_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=r"capability 8\.9 or more: give int8"):
+        KVPool(CONFIG, 2, 8, dtype="fp8", device="cuda")

@@ -291,3 +291,16 @@ def test_a_slice_names_blocks_for_all_its_positions() -> None:
     while e.scheduler.busy:
         piece: Slice = e.step().slices[0]
         assert len(piece.blocks) * 4 >= piece.start + len(piece.tokens)
+
+
+def test_guesses_leave_room_for_prompts() -> None:
+    """Eight sequences with four guesses each could fill every step."""
+    running = engine(blocks=256, guess=4, budget=40)
+    for i in range(8):
+        running.add(request(f"r{i}", 3, 200))
+    for _ in range(4):
+        running.step()
+    late = running.add(request("late", 60, 1))[0]
+    for _ in range(8):
+        running.step()
+    assert late.finish == "length"
