@@ -168,7 +168,9 @@ def _counter(device: torch.device, tiles: int) -> Tensor:
 
 def ready(x_TD: Tensor, *weights: Tensor | None) -> bool:
     """Whether the function below takes these: a few tokens in inference mode, where Triton runs."""
-    few = torch.is_inference_mode_enabled() and 0 < len(x_TD) <= MOST_TOKENS and choose(x_TD) == "triton"
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return False
+    few = 0 < len(x_TD) <= MOST_TOKENS and choose(x_TD) == "triton"
     return few and all(w is None or (w.dtype == x_TD.dtype and w.is_contiguous()) for w in weights)
 
 
