@@ -50,6 +50,7 @@ class Soak:
         seen: replies by what they were.
         wrong: the first wrong answers, in words.
         minutes: closed ones, oldest first.
+        told: what /metrics said at the last quiet point.
     """
 
     port: int
@@ -59,6 +60,7 @@ class Soak:
     wrong: list[str] = field(default_factory=list)
     minutes: list[Minute] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
+    told: dict[str, float] = field(default_factory=dict)
 
     async def run(self, server: Server, seconds: float, minute_s: float) -> None:
         """Loads the server; at the end of each minute all clients pause, and blocks are counted."""
@@ -139,7 +141,7 @@ class Soak:
         """Blocks in use though nobody asks for anything; sequences that are still told of count as one each."""
         left = 0.0
         for _ in range(100):
-            found = samples((await ask(self.port, "GET", "/metrics")).body.decode())
+            self.told = found = samples((await ask(self.port, "GET", "/metrics")).body.decode())
             used = found["vllm:kv_cache_usage_perc"] * Server.BLOCKS
             left = round(used) + found["vllm:num_requests_running"] + found["vllm:num_requests_waiting"]
             if not left:
@@ -237,6 +239,8 @@ def _rows(soak: Soak, case: str) -> list[Row]:
         row("clients that broke off", seen["broken off"], "requests"),
         row("bad requests refused", seen["bad and refused"], "requests"),
         row("refused for want of room", seen["refused for want of room"], "requests"),
+        row("preemptions", soak.told["vllm:num_preemptions_total"], "sequences"),
+        row("prompt tokens found in the prefix cache", soak.told["vllm:prefix_cache_hits_total"], "tokens"),
         row("most blocks leaked at a quiet point", max(minute.leaked for minute in minutes), "blocks", 0.0),
         row("memory after the first third", memory[third - 1], "MiB"),
         row("memory at the end", memory[-1], "MiB", memory[third - 1] * (1 + _GROWTH)),

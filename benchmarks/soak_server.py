@@ -1,4 +1,4 @@
-"""The soak's server: `coterie serve` as a process of its own, with few blocks and a short queue."""
+"""The soak's server: `coterie serve` in a process, with a short queue and so few blocks that sequences lose some."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Server:
         port: where it listens.
     """
 
-    BLOCKS = 64
+    BLOCKS = 24
     _BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4  # tokens, layers, keys and values, heads, width, fp32
 
     def __init__(self, folder: Path, log: Path) -> None:

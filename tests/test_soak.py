@@ -85,5 +85,6 @@ def test_a_short_soak_is_clean(tmp_path: Path) -> None:
     assert rows["right answers"] > 100
     assert rows["clients that broke off"] > 20
     assert rows["bad requests refused"] > 10
+    assert rows["preemptions"] > 0
     assert rows["wrong answers"] == rows["failed requests"] == rows["most blocks leaked at a quiet point"] == 0
     assert (tmp_path / "soak.json").exists()
