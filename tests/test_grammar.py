@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from engines import ask, drain, engine, prompt, recomputed
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coterie.infer import grammar
@@ -21,7 +21,7 @@ from coterie.infer.request import QueueFull, RequestError
 from coterie.models.tokenizer import Tokenizer, train_bpe
 
 WIDE = 700  # the model's vocabulary, wider than the tokenizer's
-EOS = (0, 7)
+EOS = (0, 300)  # the second is a merge of the tokenizer's: what it spells can be spelt with others
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +368,7 @@ def valid(value, schema) -> bool:
 
 
 @settings(max_examples=40, deadline=None)
+@example(schema={"enum": ["'"]}, seed=0)
 @given(schema=SCHEMAS, seed=st.integers(0, 2**32))
 def test_a_text_sampled_under_any_schema_is_valid(tokenizer: Tokenizer, schema, seed: int) -> None:
     text = sampled(compiled(tokenizer, "json_schema", json.dumps(schema)), tokenizer, seed, most=1500)
