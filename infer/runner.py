@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.gpt import GPT
+from ..models.gpt import GPT, Output
+from .decodes import Decodes
 from .drafts import Guess
 from .memory import read_rate
 from .outputs import TokenLogprob
@@ -78,7 +79,7 @@ class Runner:
 
     def __init__(self, model: GPT, pool: KVPool) -> None:
         self.model, self.config, self.pool = model.eval(), model.config, pool
-        self.cache = PagedCache(pool)
+        self.cache, self.decodes = PagedCache(pool), Decodes(self.model, pool)
         self.device = model.embed.weight.device
         self.memory_rate = read_rate(model)
 
@@ -100,12 +101,8 @@ class Runner:
             loads: whether to count what each expert was asked for.
         """
         self.pool.copy(step.copies)
-        tokens_1T, positions_1T = self.cache.begin(step.slices)
         wanted = _wanted(step.slices, states or {}, guesses or {})
-        rows = [at for one in wanted for at in range(one.at, one.at + one.count)]
-        whole = len(rows) == tokens_1T.shape[1]  # nothing but decodes
-        rows_R = None if whole else torch.tensor(rows, dtype=torch.int64).to(self.device)
-        out = self.model(tokens_1T, positions_1T, cache=self.cache, rows_R=rows_R)
+        out = self._pass(step, [at for one in wanted for at in range(one.at, one.at + one.count)])
         ran = Ran()
         if wanted:
             assert out.logits_BSV is not None
@@ -113,6 +110,16 @@ class Runner:
         if loads:
             ran.loads = self._loads(out.routes)
         return ran
+
+    def _pass(self, step: Step, rows: list[int]) -> Output:
+        """The model on a step, with logits of these of its tokens."""
+        whole = len(rows) == step.tokens
+        out = self.decodes.run(step.slices) if whole else None
+        if out is None:
+            tokens_1T, positions_1T = self.cache.begin(step.slices)
+            rows_R = None if whole else torch.tensor(rows, dtype=torch.int64).to(self.device)
+            out = self.model(tokens_1T, positions_1T, cache=self.cache, rows_R=rows_R)
+        return out
 
     def _loads(self, routes: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
         if not routes:
