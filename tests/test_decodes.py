@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,6 @@ from coterie.infer.decodes import MOST, Decodes
 from coterie.infer.paged import KVPool, KVType, PagedCache
 from coterie.infer.step import Slice
 from coterie.kernels import native, tape
-from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT
 from coterie.moe.config import MoEConfig
 
@@ -25,9 +24,8 @@ SIZE, BLOCKS = 4, 12
 RESIDUAL = replace(CONFIG, moe=MoEConfig(top_k=2, hidden=20, residual=True), tied_head=True)
 
 
-def _model(dtype: torch.dtype, config: ModelConfig = CONFIG) -> GPT:
-    """Weights as a checkpoint is opened: the routers stay in fp32."""
-    made = GPT(config)
+def _residual(dtype: torch.dtype) -> GPT:
+    made = GPT(RESIDUAL)
     made.init_weights(8)
     made.to(dtype)
     for layer in made.moe_layers:
@@ -60,10 +58,10 @@ def _plain(model: GPT, pool: KVPool, slices: list[Slice]) -> tuple[Tensor, tuple
 
 @needs_native
 @pytest.mark.parametrize("kv", ["auto", "int8"])
-@pytest.mark.parametrize("config", [CONFIG, RESIDUAL], ids=["moe", "residual"])
+@pytest.mark.parametrize("make", [model, _residual])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_recorded_step_is_a_plain_one(dtype: torch.dtype, config: ModelConfig, kv: KVType) -> None:
-    served = _model(dtype, config)
+def test_a_recorded_step_is_a_plain_one(dtype: torch.dtype, make: Callable[[torch.dtype], GPT], kv: KVType) -> None:
+    served = make(dtype)
     ours, theirs = _filled(served, kv), _filled(served, kv)
     decodes = Decodes(served, ours)
     for seed, lengths in enumerate([[5], [0, 47], [9], [30, 2, 11], [17, 40], [44, 1, 20], [3]]):
@@ -159,8 +157,8 @@ def test_on_a_gpu_numbers_of_sequences_share_recordings(monkeypatch: pytest.Monk
 
 @pytest.mark.gpu
 def test_a_cuda_graph_is_a_plain_step() -> None:
-    served = _model(torch.bfloat16).to("cuda")
-    pools = [KVPool(CONFIG, 8 * BLOCKS, SIZE, model_dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    served = _residual(torch.bfloat16).to("cuda")
+    pools = [KVPool(RESIDUAL, 8 * BLOCKS, SIZE, model_dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     for pool in pools:
         pool._store.normal_(generator=torch.Generator("cuda").manual_seed(1))
     decodes = Decodes(served, pools[0])
