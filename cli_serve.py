@@ -18,6 +18,8 @@ def serve(
     model: tyro.conf.Positional[Path],
     server: Annotated[ServerSettings, Flat] = _SERVER,
     engine: Annotated[EngineConfig, Flat] = _ENGINE,
+    replicas: int = 1,
+    ray: bool = False,
 ) -> None:
     """Serve a model over HTTP: OpenAI's /v1/completions and /v1/chat/completions, metrics, and a page to try it.
 
@@ -25,11 +27,20 @@ def serve(
         model: A directory of a model, ours or Hugging Face's, of a run, or hf://org/name.
         server: Where to listen, for whom, and the limits.
         engine: How the model is run.
+        replicas: Processes that each hold the model, behind one address; each has a GPU of its own where there are
+            several.
+        ray: Let Ray Serve run the replicas, on its cluster or on one that it starts here.
     """
     from .serve.settings import load_keys
 
+    if replicas < 1:
+        raise ValueError(f"replicas is {replicas}: give 1 or more")
     load_keys(server)  # what is wrong with the keys is told before the model is loaded
     try:
+        if replicas > 1:
+            from .serve.balancer import serve_replicas
+
+            raise SystemExit(serve_replicas(model, server, engine, replicas))
         from .serve.run import serve_model
     except ModuleNotFoundError as error:
         message = f"serving needs the package {error.name}: pip install 'coterie[serve]'"
