@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,7 @@ from .infer.config import EngineConfig
 from .serve.settings import ServerSettings
 
 Flat = tyro.conf.arg(name="")
+Run = Callable[[Path, ServerSettings, EngineConfig], int]
 _SERVER, _ENGINE = ServerSettings(), EngineConfig()
 
 
@@ -37,12 +40,24 @@ def serve(
         raise ValueError(f"replicas is {replicas}: give 1 or more")
     load_keys(server)  # what is wrong with the keys is told before the model is loaded
     try:
-        if replicas > 1:
-            from .serve.balancer import serve_replicas
-
-            raise SystemExit(serve_replicas(model, server, engine, replicas))
-        from .serve.run import serve_model
+        run = _several(replicas, ray) if ray or replicas > 1 else _one()
     except ModuleNotFoundError as error:
-        message = f"serving needs the package {error.name}: pip install 'coterie[serve]'"
+        message = f"serving needs the package {error.name}: pip install 'coterie[{'ray' if ray else 'serve'}]'"
         raise ModuleNotFoundError(message) from None
-    raise SystemExit(serve_model(model, server, engine))
+    raise SystemExit(run(model, server, engine))
+
+
+def _one() -> Run:
+    from .serve.run import serve_model
+
+    return serve_model
+
+
+def _several(replicas: int, ray: bool) -> Run:
+    if ray:
+        from .serve.ray_app import serve_ray
+
+        return partial(serve_ray, replicas=replicas)
+    from .serve.balancer import serve_replicas
+
+    return partial(serve_replicas, count=replicas)

@@ -28,7 +28,14 @@ _MESSAGES = {404: "there is nothing at this path", 405: "this path does not take
 _POSTS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 
 
-def build(engine: Any, settings: ServerSettings, folder: Path | None = None, *, inside: bool = False) -> FastAPI:
+def build(
+    engine: Any,
+    settings: ServerSettings,
+    folder: Path | None = None,
+    *,
+    keys: KeyRing | None = None,
+    inside: bool = False,
+) -> FastAPI:
     """The application of a running engine.
 
     Its `state` has `service` and `life`, by which a server stops taking requests.
@@ -37,12 +44,14 @@ def build(engine: Any, settings: ServerSettings, folder: Path | None = None, *, 
         engine: an `infer.engine.Engine`, or what has the same methods; who calls starts and stops it.
         settings: limits, keys and names.
         folder: the model's directory, of which the chat template is taken; None: there is none.
+        keys: who may come in; None: those that the settings and the environment name.
         inside: a balancer stands before it and has checked keys and names.
 
     Raises:
         ValueError: others could reach the server without a key, or the checkpoint's template files are damaged.
     """
-    keys = KeyRing([] if inside else load_keys(settings))
+    if keys is None:
+        keys = KeyRing([] if inside else load_keys(settings))
     templates = load_templates(folder, settings)
     engine.name = settings.model_name or engine.name
     metrics = Metrics(engine)

@@ -24,7 +24,7 @@ import aiohttp
 
 from ..infer.config import EngineConfig
 from .routing import Router
-from .run import serve
+from .run import open_engine, serve
 from .settings import KEYS_VARIABLE, ServerSettings
 
 COMMAND = (sys.executable, "-m", "coterie.serve.replicas")
@@ -202,15 +202,16 @@ class Replicas:
         await asyncio.gather(*(one.stop() for one in self.members))
 
 
-def replica(open_engine: Callable[[dict[str, Any]], tuple[Any, Path | None]]) -> int:
+def replica(opened: Callable[[Path, EngineConfig], tuple[Any, Path | None]] = open_engine) -> int:
     """The process itself: reads one line of orders and serves until it is told to end, or its input ends.
 
     Args:
-        open_engine: from the orders to an engine and its model's directory.
+        opened: from a model and its settings to an engine and the model's directory.
     """
     order = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
-    engine, folder = open_engine(order)
+    own_device(order["number"])
+    engine, folder = opened(Path(order["model"]), EngineConfig(**order["engine"]))
     settings = ServerSettings(**order["server"])
     return serve(engine, settings, folder, inside=Path(order["socket"]), ready=lambda line: None)
 
@@ -232,18 +233,9 @@ def own_device(number: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = names[number % count]
 
 
-def _open(order: dict[str, Any]) -> tuple[Any, Path | None]:
-    own_device(order["number"])
-    from ..infer.engine import Engine
-    from ..infer.open_model import model_folder
-
-    folder = model_folder(Path(order["model"]))
-    return Engine.open(folder, EngineConfig(**order["engine"])), folder
-
-
 if __name__ == "__main__":
     try:
-        status = replica(_open)
+        status = replica()
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"coterie: {error}", file=sys.stderr)
         status = 2

@@ -181,13 +181,19 @@ def _line(engine: Any, settings: ServerSettings, listener: socket.socket) -> str
 
 def serve_model(model: Path, settings: ServerSettings, config: EngineConfig) -> int:
     """Opens a model and serves it; see `serve`. Raises what `Engine.open` and `serve` do."""
+    engine, folder = open_engine(model, config)
+    return serve(engine, settings, folder)
+
+
+def open_engine(model: Path, config: EngineConfig) -> tuple[Any, Path]:
+    """The engine of a model, not started, and the model's directory. Raises what `Engine.open` does."""
     from ..infer.engine import Engine
     from ..infer.open_model import model_folder
 
     folder = model_folder(resolve(model))
     engine = Engine.open(folder, config)
     engine.name = name_of(model)
-    return serve(engine, settings, folder)
+    return engine, folder
 
 
 def name_of(model: Path) -> str:

@@ -40,13 +40,13 @@ class Poisoned(FakeEngine):
         if len(prompt) == 13:
             os._exit(9)
         return super().submit(prompt, *rest, **more)
-def engine(order):
+def opened(model, config):
     made = Poisoned(step_s=told.get("step_s", 0))
     made.config.max_sequences, made.config.max_queued_requests = 4, 1000
-    if order["number"] in told.get("full", []):
+    if told.get("full"):
         made.refuse = QueueFull("the queue is full")
     return made, None
-sys.exit(replica(engine))
+sys.exit(replica(opened))
 """
 BALANCER = f"""
 import sys
