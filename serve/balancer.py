@@ -49,7 +49,15 @@ _LOST = ApiError(
 
 
 class _Lost(Exception):
-    """The replica ended before anything of its answer was sent."""
+    """The replica ended before anything of its answer was sent.
+
+    Attributes:
+        begun: it had taken the request.
+    """
+
+    def __init__(self, begun: bool = True) -> None:
+        super().__init__()
+        self.begun = begun
 
 
 class _Answer(NamedTuple):
@@ -105,8 +113,8 @@ class Balancer:
             tried.add(chosen)
             try:
                 refusal = await self._try(ready[chosen], scope, body, deadline, send)
-            except _Lost:
-                deaths += 1
+            except _Lost as lost:
+                deaths += lost.begun
                 continue
             finally:
                 router.end(chosen, ask)
@@ -129,6 +137,8 @@ class Balancer:
                 )
         except TimeoutError:
             raise ApiError(504, "the request took longer than it may", code="deadline") from None
+        except aiohttp.ClientConnectorError:
+            raise _Lost(begun=False) from None
         except (aiohttp.ClientError, OSError):
             raise _Lost from None
         try:

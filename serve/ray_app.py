@@ -116,11 +116,11 @@ def serve_ray(
 
 
 def _connect() -> None:
-    """To the cluster that this machine belongs to, or RAY_ADDRESS; else to one of its own that only it reaches."""
+    """To the cluster that this machine belongs to, or RAY_ADDRESS; else to one of its own."""
     try:
         ray.init(address="auto", log_to_driver=False)
     except ConnectionError:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+        ray.init(address="local", include_dashboard=False, log_to_driver=False)
 
 
 def _resources(config: EngineConfig, replicas: int) -> dict[str, Any]:

@@ -183,7 +183,10 @@ class Replicas:
         wait = _FIRST_WAIT_S
         while True:
             started = time.monotonic()
-            await one.run()
+            try:
+                await one.run()
+            except OSError as error:
+                _log.error("replica %d cannot be started: %s", one.number, error.strerror)
             self.router.forget(one.number)
             if not any(one.served for one in self.members):
                 self.failure = self.failure or RuntimeError("a replica has ended before it served")
