@@ -118,4 +118,5 @@ class Admission:
         if self.tokenizer is None:
             return None
         before, params = first.prompt[-_BEFORE:], first.params
-        return StoppingText(self.tokenizer, params.stop, before=before, min_tokens=params.min_tokens)
+        skip, least = params.skip_special_tokens, params.min_tokens
+        return StoppingText(self.tokenizer, params.stop, before=before, min_tokens=least, skip_special=skip)

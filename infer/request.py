@@ -96,6 +96,8 @@ class SamplingParams:
     min_tokens: int = 0
     """Generated tokens (the prompt does not count) before an end-of-text or stop token counts."""
     max_tokens: int = 16
+    skip_special_tokens: bool = True
+    """False: the text has special tokens too, but for those that end it."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGERS.items():
@@ -105,8 +107,9 @@ class SamplingParams:
                 _integer(name, getattr(self, name), low, high)
         for name, (low, high) in _FLOATS.items():
             object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {_shown(self.ignore_eos)}: give true or false")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {_shown(getattr(self, name))}: give true or false")
         if self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is over max_tokens {self.max_tokens}")
         if self.best_of is not None and self.best_of < self.n:

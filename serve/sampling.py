@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from ..infer.request import SamplingParams
+from .chat_protocol import ChatRequest
 from .errors import ApiError
-from .protocol import ChatRequest, CompletionRequest, Generation
+from .protocol import CompletionRequest, Generation
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat's is what the model has room for
 

@@ -10,6 +10,7 @@ from ..infer.outputs import TokenLogprob
 from ..models.tokenizer import TextStream, Tokenizer
 from .flight import Piece, Prompt
 from .protocol import Generation
+from .sampling import grammar_of
 
 LEAST = -9999.0  # a log probability of minus infinity is no JSON
 
@@ -29,6 +30,8 @@ class Choice:
     stream: TextStream | None = None
     offset: int = 0
     """Characters before the next token."""
+    calls: Any = None
+    """What looks for calls of tools in the text; None: nothing does."""
 
 
 class Shape:
@@ -39,6 +42,8 @@ class Shape:
     """
 
     object = chunk_object = ""
+    opening: int | None = None
+    """The special token that opens calls of tools: where there is one, the text has special tokens."""
 
     def __init__(
         self, id: str, model: str, fingerprint: str, request: Generation, tokenizer: Tokenizer | None
@@ -55,6 +60,10 @@ class Shape:
         self.prompts = prompts
         for i in range(len(prompts) * self.n):
             self.choices[i] = Choice(prompts[i // self.n])
+
+    def grammar(self) -> tuple[str, str] | None:
+        """The form that the text must have: see `grammar_of`."""
+        return grammar_of(self.request)
 
     def chunk(self, piece: Piece) -> list[dict[str, Any]]:
         """What a stream says about a delta; often nothing."""

@@ -61,6 +61,7 @@ class FakeEngine:
     die_at: the step that raises, which ends the loop; None: never.
     refuse: raised by `submit` when set.
     words: the ids that answers are made of.
+    script: the ids of every answer, before an end of text; empty: words.
     submitted: (id, prompt, params, salt) of every request that was taken.
     aborted: ids given to `abort`, in order.
     """
@@ -80,6 +81,7 @@ class FakeEngine:
         self.die_at: int | None = None
         self.refuse: BaseException | None = None
         self.words = self.tokenizer.encode(WORDS)
+        self.script: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
         self.submitted: list[tuple[str, tuple[int, ...], SamplingParams, str]] = []
@@ -124,7 +126,8 @@ class FakeEngine:
                 raise QueueFull("the queue is full")
             for index in range(params.sequences):
                 request = Request(id, tuple(prompt), params, salt=salt, deadline=deadline, index=index)
-                text = StoppingText(self._own, params.stop, before=prompt, min_tokens=params.min_tokens)
+                skip, least = params.skip_special_tokens, params.min_tokens
+                text = StoppingText(self._own, params.stop, before=prompt, min_tokens=least, skip_special=skip)
                 matcher = grammar.start() if grammar is not None else None
                 self._waiting.append(Sample(request, sink, text, matcher, routes))
             self.submitted.append((id, tuple(prompt), params, salt))
@@ -282,6 +285,8 @@ class FakeEngine:
             token = ends[0] if ends else fits[0]
             sample.matcher.accept(token)
             return token
+        if self.script:
+            return [*self.script, self.eos_ids[0]][request.generated_length]
         turn = len(request.prompt) + request.index + request.generated_length + (request.params.seed or 0)
         return self.words[turn % len(self.words)]
 
