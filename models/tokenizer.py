@@ -83,6 +83,22 @@ class Tokenizer:
         """Ids of a text; no token is added at either end."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    def encode_parts(self, parts: Sequence[str]) -> list[int]:
+        """Ids of texts that follow each other; no token, and no special one, reaches from one into the next."""
+        eos, behind = self._inner.id_to_token(self.eos_id) or "", self._inner.get_added_tokens_decoder()
+        ids = self.encode(parts[0])
+        for part in parts[1:]:
+            # Some tokenizers put a space before what begins a text, but not behind a special token.
+            found = self.encode(eos + part)
+            led = found[:1] == [self.eos_id] and self.eos_id in behind and not behind[self.eos_id].rstrip
+            ids += found[1:] if led else self.encode(part)
+        return ids
+
+    @property
+    def special_texts(self) -> list[str]:
+        """Texts that `encode` takes for special tokens."""
+        return [one.content for one in self._inner.get_added_tokens_decoder().values() if one.special]
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that a model goes on with: those of `encode` after the tokens that the tokenizer's own
         template begins every text with, such as Llama's <s>."""

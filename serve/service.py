@@ -22,6 +22,7 @@ from .completions import CompletionShape, prompts_of
 from .errors import ApiError
 from .flight import Flight, Hub, Prompt
 from .parse import check, parse_json
+from .plain import Marks
 from .protocol import CompletionRequest, Generation
 from .sampling import sampling
 from .security import salt
@@ -51,6 +52,7 @@ class Service:
         self.fingerprint = "fp_" + hashlib.sha256(told.encode()).hexdigest()[:12]
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="coterie-prepare")
         self._hub: Hub | None = None
+        self._marks: Marks | None = None
 
     def close(self) -> None:
         """Ends its threads."""
@@ -91,12 +93,20 @@ class Service:
         source = self.templates.source(tools)
         values = rendered(body, source)
         self._check_length(sum(len(one["content"]) for one in values["messages"]), "messages")
-        text = await self.templates.render(values)
-        tokens = await self._encode([text], self._tokenizer("messages").encode, "messages")
+        tokens = await self._chat_ids(values)
         id = f"chatcmpl-{secrets.token_hex(12)}"
         shape = ChatShape(*self._shape_of(id, body))
         shape.look_for(form_of(source) if tools else None)
-        return await self._answer(request, body, [Prompt(tokens[0])], shape, arrival)
+        return await self._answer(request, body, [Prompt(tokens)], shape, arrival)
+
+    async def _chat_ids(self, values: dict[str, Any]) -> list[int]:
+        """The tokens of a chat; see `plain`."""
+        tokenizer = self._tokenizer("messages")
+        self._marks = marks = self._marks or Marks(tokenizer)
+        marked, mark = await self._off_loop(lambda: marks.put(values), "messages")
+        text = await self.templates.render(marked)
+        (ids,) = await self._encode([text], lambda text: marks.encode(text, mark), "messages")
+        return ids
 
     async def _body(self, request: Request) -> dict[str, Any]:
         return parse_json(await request.body(), self.settings.max_json_depth)
