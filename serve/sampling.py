@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ..infer.request import SamplingParams
@@ -26,8 +27,10 @@ _SAME = (
 )
 
 
-def sampling(request: Generation, prompt_tokens: int, max_model_len: int) -> SamplingParams:
-    """The settings of a request whose prompt has so many tokens.
+def sampling(
+    request: Generation, prompt_tokens: int, max_model_len: int, defaults: Mapping[str, Any]
+) -> SamplingParams:
+    """The settings of a request whose prompt has so many tokens, and defaults for what it does not name.
 
     Raises:
         ApiError: 400: prompt and answer have no room in the model.
@@ -53,7 +56,7 @@ def sampling(request: Generation, prompt_tokens: int, max_model_len: int) -> Sam
     if room < (most or 1):
         message = f"{prompt_tokens} prompt tokens and {most or 1} of the answer pass the model's {max_model_len}"
         raise ApiError(400, f"{message}: shorten the prompt or max_tokens", code="context_length_exceeded")
-    return SamplingParams(max_tokens=most or room, **told)
+    return SamplingParams(**{**defaults, **told, "max_tokens": most or room})
 
 
 def grammar_of(request: Generation) -> tuple[str, str] | None:

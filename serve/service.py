@@ -166,7 +166,8 @@ class Service:
         self, request: Request, body: Generation, prompts: list[Prompt], shape: Shape, arrival: float
     ) -> Answer:
         deadline = arrival + self.settings.request_timeout_s
-        params = [sampling(body, len(prompt.tokens), self.engine.max_model_len) for prompt in prompts]
+        room, defaults = self.engine.max_model_len, self.engine.defaults
+        params = [sampling(body, len(prompt.tokens), room, defaults) for prompt in prompts]
         if shape.opening is not None:
             params = [replace(one, skip_special_tokens=False) for one in params]
         grammar = await self._grammar(body, shape.grammar())

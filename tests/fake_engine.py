@@ -75,6 +75,7 @@ class FakeEngine:
         self.vocabulary = self.tokenizer.vocab_size
         self.max_model_len = max_model_len
         self.eos_ids = self.tokenizer.eos_ids
+        self.defaults: dict[str, Any] = {}
         self.alive, self.failure = True, None
         self.step_s, self.chunk, self.blocks = step_s, 32, 1000
         self.fail_at: int | None = None

@@ -235,3 +235,12 @@ def test_a_model_without_tokenizer_takes_tokens(engine: FakeEngine) -> None:
 def test_a_checkpoint_without_template(engine: FakeEngine) -> None:
     with client_of(engine) as client:
         assert chat(client).json()["error"]["code"] == "no_chat_template"
+
+
+def test_the_checkpoints_settings_count_where_a_request_says_nothing(client: TestClient, engine: FakeEngine) -> None:
+    engine.defaults = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    complete(client, max_tokens=1, temperature=None)
+    chat(client, max_tokens=1, temperature=0, top_k=-1, top_p=1)
+    (_, _, first, _), (_, _, second, _) = engine.submitted
+    assert (first.temperature, first.top_k, first.top_p) == (0.6, 20, 0.95)
+    assert (second.temperature, second.top_k, second.top_p) == (0, 0, 1)
