@@ -38,8 +38,8 @@ class Live:
         return self.request.key
 
     def advance(self, event: Event, told: Told | None = None) -> Delta:
-        """What an event means to the client. A stop string may end the sequence where the event did not; tokens after
-        it are not told."""
+        """What an event, whose tokens `state` has taken, means to the client. A stop string may end the sequence
+        where the event did not; tokens after it are not told."""
         text, count, finish = "", len(event.tokens), event.finish
         stop: str | int | None = None if event.stop_token is None else self.stops.get(event.stop_token)
         spoken = event.tokens if event.stop_token is None else event.tokens[:-1]
@@ -51,8 +51,6 @@ class Live:
                     break
             if finish is not None:
                 text += self.text.finish()
-        if finish is None:
-            self.state.take(event.tokens)
         self.told += count
         logprobs, routes = (told.logprobs[:count], told.routes[:count]) if told is not None else ((), ())
         return Delta(
