@@ -34,6 +34,8 @@ class Generated:
     stop: str | int | None
     """The stop string or stop token that ended it."""
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens from the second on."""
 
 
 class GenerationError(ValueError):
@@ -240,4 +242,5 @@ def _generated(parts: list[Delta], prompt_tokens: int) -> Generated:
         last.finish,
         last.stop,
         tuple(one for part in parts for one in part.logprobs),
+        parts[0].prompt_logprobs,
     )

@@ -36,6 +36,7 @@ _INTEGERS = {
 _OPTIONAL_INTEGERS = {
     "seed": (-(2**63), 2**63 - 1),
     "logprobs": (0, MOST_LOGPROBS),
+    "prompt_logprobs": (0, MOST_LOGPROBS),
     "best_of": (1, MOST_SAMPLES),
 }
 # A repetition penalty and a top_p of 0 would divide by zero and leave no token.
@@ -85,6 +86,8 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     """None: no log probabilities. Else the chosen token's, and those of this many of the likeliest."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens but for the first. Such a prompt is computed whole, whatever is cached."""
     n: int = 1
     best_of: int | None = None
     """Draw this many sequences, of which the caller keeps the n likeliest. None: n."""

@@ -176,9 +176,11 @@ class CompletionRequest(Generation):
             list[Annotated[list[Token], Field(fail_fast=True, min_length=1)]], Field(fail_fast=True, min_length=1)
         ]
     )
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """0: nothing but the echo."""
     best_of: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
     echo: bool | None = None
-    """The prompt's text before the answer's; not with logprobs."""
+    """The prompt's text before the answer's; with logprobs, its tokens' before theirs."""
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -190,8 +192,8 @@ class CompletionRequest(Generation):
             raise ApiError(
                 400, "best_of over n cannot be streamed: which are best is known at the end", param="best_of"
             )
-        if self.echo and self.logprobs is not None:
-            raise ApiError(400, "echo with logprobs is not served: prompts have no logprobs here", param="echo")
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens 0 leaves nothing to answer without echo: true", param="max_tokens")
         return self
 
 

@@ -51,7 +51,9 @@ def sampling(
         told["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
     elif isinstance(request, CompletionRequest):
         told["logprobs"], told["best_of"] = request.logprobs, request.best_of
-        most = most or max(_COMPLETION_TOKENS, request.min_tokens or 0)
+        told["prompt_logprobs"] = request.logprobs if request.echo else None
+        # Of no tokens at all one is made, and not told.
+        most = max(_COMPLETION_TOKENS, request.min_tokens or 0) if most is None else max(most, 1)
     room = max_model_len - prompt_tokens
     if room < (most or 1):
         message = f"{prompt_tokens} prompt tokens and {most or 1} of the answer pass the model's {max_model_len}"

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..infer.outputs import TokenLogprob
+from ..infer.outputs import Delta, TokenLogprob
 from ..models.tokenizer import TextStream, Tokenizer
 from .flight import Piece, Prompt
 from .protocol import Generation
@@ -30,6 +30,8 @@ class Choice:
     stream: TextStream | None = None
     offset: int = 0
     """Characters before the next token."""
+    begun: bool = False
+    """Whether a delta has come."""
     calls: Any = None
     """What looks for calls of tools in the text; None: nothing does."""
 
@@ -99,6 +101,10 @@ class Shape:
         """What the answer has beside its choices."""
         return {}
 
+    def before(self, choice: Choice, delta: Delta) -> list[Any]:
+        """What is told of tokens before the first delta's: nothing, but where the prompt is part of the answer."""
+        return []
+
     def logprob(self, choice: Choice, one: TokenLogprob) -> Any:
         """What is told of one token."""
         raise NotImplementedError
@@ -109,7 +115,9 @@ class Shape:
         choice = self.choices[index]
         choice.generated, choice.cached = max(choice.generated, delta.generated), max(choice.cached, delta.cached)
         choice.finish = delta.finish or choice.finish
-        return index, choice, [self.logprob(choice, one) for one in delta.logprobs]
+        before = [] if choice.begun else self.before(choice, delta)
+        choice.begun = True
+        return index, choice, before + [self.logprob(choice, one) for one in delta.logprobs]
 
     def _envelope(self, choices: list[dict[str, Any]], kind: str) -> dict[str, Any]:
         return {

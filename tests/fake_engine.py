@@ -267,6 +267,7 @@ class FakeEngine:
             None if not ended or ended[1] in self.eos_ids else ended[1],
             generated=request.generated_length,
             cached=0,
+            prompt_logprobs=self._prompt_logprobs(request),
         )
         sample.total += -0.5 - token / 1000
         if ended:
@@ -306,6 +307,15 @@ class FakeEngine:
             return ()
         top = tuple(((token + i) % self.vocabulary, -0.5 - i) for i in range(count))
         return (TokenLogprob(token, -0.5, top),)
+
+    def _prompt_logprobs(self, request: Request) -> tuple[TokenLogprob, ...]:
+        count = request.params.prompt_logprobs
+        if count is None or request.generated_length > 1:
+            return ()
+        return tuple(
+            TokenLogprob(t, -1.0, tuple(((t + i) % self.vocabulary, -1.0 - i) for i in range(count)))
+            for t in request.prompt[1:]
+        )
 
     def _routes(self, token: int) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple((token + layer + k) % EXPERTS for k in range(TOP_K)) for layer in range(LAYERS))
