@@ -10,8 +10,11 @@ from engines import ask, drain, engine, model, prompt, tokenizer
 
 from coterie.infer.outputs import TokenLogprob
 from coterie.infer.pipeline import Pipeline
-from coterie.infer.prompt_logprobs import prompt_rows
+from coterie.infer.prompt_logprobs import prompt_rows, read_prompt_rows
+from coterie.infer.request import SamplingParams
+from coterie.infer.sample_state import PromptLogprobs, SampleState
 from coterie.infer.scheduler import PROMPT_ROWS
+from coterie.infer.step import Slice
 
 
 @torch.inference_mode()
@@ -110,3 +113,16 @@ def test_the_pipeline_tells_them_and_the_best_of_several_too() -> None:
     for settings in ({}, {"n": 2, "best_of": 3}):
         for found in pipe(ids, max_new_tokens=3, prompt_logprobs=1, **settings):
             _same(found.prompt_logprobs, _forced(ids, 1))
+
+
+def test_what_is_known_is_not_told_again() -> None:
+    told = PromptLogprobs((5, 6, 7, 8), 0)
+    states = {("a", i): SampleState(SamplingParams(), prompt=told) for i in range(2)}
+    slices = [Slice(("a", i), 0, (5, 6, 7), (), False) for i in range(2)]
+    wanted = prompt_rows(slices, states)
+    assert [list(one.at) for one in wanted] == [[0, 1, 2], [3, 4, 5]]  # two samples, when the first has failed
+    read_prompt_rows(torch.randn(6, 9), wanted)
+    assert [one.token for one in told.told] == [6, 7, 8]
+    del told.told[1:]
+    assert [list(one.at) for one in prompt_rows(slices[:1], states)] == [[1, 2]]
+    assert prompt_rows([Slice(("a", 0), 2, (7, 8), (), True)], states) == []  # what lies between comes first
