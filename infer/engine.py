@@ -17,6 +17,7 @@ from ..models.tokenizer import Tokenizer
 from .admission import Admission, CompiledGrammar
 from .config import EngineConfig
 from .core import Core, Hook, log
+from .draft_model import check_tokenizers
 from .open_model import generation_defaults, model_folder, open_model
 from .outputs import Sink
 from .request import EngineDead, SamplingParams
@@ -77,7 +78,8 @@ class Engine:
         model, tokenizer = open_model(path, device=config.device, dtype=dtype)
         draft = None
         if config.draft not in ("", "ngram"):
-            draft, _ = open_model(config.draft, device=config.device, dtype=dtype)
+            draft, drafts = open_model(config.draft, device=config.device, dtype=dtype)
+            check_tokenizers(tokenizer, drafts)
         engine = cls(model, tokenizer, config, draft_model=draft)
         engine.name = Path(path).name or str(path)
         if config.generation_config:

@@ -83,6 +83,10 @@ class Tokenizer:
         """Ids of a text; no token is added at either end."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, as the tokenizer.json writes it, and its id."""
+        return self._inner.get_vocab(with_added_tokens=True)
+
     def encode_parts(self, parts: Sequence[str]) -> list[int]:
         """Ids of texts that follow each other; no token, and no special one, reaches from one into the next."""
         eos, behind = self._inner.id_to_token(self.eos_id) or "", self._inner.get_added_tokens_decoder()
