@@ -52,7 +52,8 @@ def forced(form: Form, tools: Mapping[str, dict[str, Any]], *, several: bool, to
     heads = [json.dumps(f'{{"name": "{name}", "{form.key}": ') for name in tools]
     calls = " | ".join(f'{head} arguments_{number} "}}"' for number, head in enumerate(heads))
     opening = f"<[{token}]>" if token is not None else _text(form.open)
-    before, after = _text(form.space + form.first), _text(form.space + form.end)
+    before, after = _text(form.space), _text(form.space + form.end)
+    before += f'" "? {_text(form.first)}' if form.first else ""  # some templates show a space there
     if form.between or not several:
         more = f" ({_text(form.between + ' ')} call)*" if several else ""
         start = f"{opening} {before} call{more} {after}"

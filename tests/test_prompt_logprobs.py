@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engines import ask, drain, engine, model, prompt, tokenizer
+from serving import client_of, complete
 
 from coterie.infer.outputs import TokenLogprob
 from coterie.infer.pipeline import Pipeline
@@ -126,3 +127,21 @@ def test_what_is_known_is_not_told_again() -> None:
     del told.told[1:]
     assert [list(one.at) for one in prompt_rows(slices[:1], states)] == [[1, 2]]
     assert prompt_rows([Slice(("a", 0), 2, (7, 8), (), True)], states) == []  # what lies between comes first
+
+
+def test_the_api_tells_them_as_lm_evaluation_harness_reads_them() -> None:
+    served: Any = engine(text=True)
+    texts = [prompt(12, seed) for seed in range(3)]
+    asked = {"prompt": texts, "echo": True, "logprobs": 1, "temperature": 0}
+    with client_of(served, model_name="fake") as client:
+        for most in (0, 1):
+            choices = complete(client, **asked, max_tokens=most).json()["choices"]
+            for ids, choice in zip(texts, choices, strict=True):
+                told, expected = choice["logprobs"], _forced(ids, 1)
+                assert told["token_logprobs"][0] is None
+                assert len(told["token_logprobs"]) == 12 + most
+                found = told["token_logprobs"][1:12]
+                assert found == pytest.approx([one.logprob for one in expected], abs=2e-5)
+                best = [one.logprob == pytest.approx(one.top[0][1], abs=1e-6) for one in expected]
+                pairs = zip(told["tokens"][1:12], told["top_logprobs"][1:12], strict=True)
+                assert [token == max(top, key=top.get) for token, top in pairs] == best
