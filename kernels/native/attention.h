@@ -64,6 +64,10 @@ static bool fill(Scratch<C> &s, const Store<K> &k, const Store<K> &v, const long
         }
     }
     for (int j = 0; j < TILE; j += 16) {
+        if (j + 16 <= lo || j >= hi) {
+            for (long i = 0; i < d / HELD; i++) memset(s.keys + i * TILE + j, 0, 16 * sizeof(word));
+            continue;
+        }
         const word *at[16];
         for (long i = 0; i < d / HELD; i += 16) {
             for (int r = 0; r < 16; r++) at[r] = row[j + r] ? (const word *)row[j + r] + i : nullptr;
@@ -74,6 +78,10 @@ static bool fill(Scratch<C> &s, const Store<K> &k, const Store<K> &v, const long
     vec broken = zeros();
     for (int j = 0; j < TILE / HELD; j++) {
         word *out = s.values + j * padded;
+        if ((j + 1) * HELD <= lo || j * HELD >= hi) {
+            memset(out, 0, size_t(padded) * sizeof(word));
+            continue;
+        }
         if constexpr (HELD == 2)
             for (long i = 0; i < d; i += 32)
                 interleave(row[2 * j] ? row[2 * j] + i : nullptr, row[2 * j + 1] ? row[2 * j + 1] + i : nullptr,
