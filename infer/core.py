@@ -103,9 +103,9 @@ class Core:
         config = self.config
         if config.policy != "splitfuse" or config.budget:
             return None, config.budget or BUDGET
-        target_s = config.itl_target_ms / 1e3
+        target_s, limit_s = config.itl_target_ms / 1e3, config.itl_limit_ms / 1e3
         times = StepTimes.measure(Followed(self.runner, self.drafter), most=most)
-        budget = times.budget(target_s, each=1 if self.drafter is None else 1 + config.draft_tokens)
+        budget = times.budget(target_s, limit_s, each=1 if self.drafter is None else 1 + config.draft_tokens)
         log.info(times.told(target_s, budget))
         return times, budget
 
