@@ -159,13 +159,19 @@ def soak(json: Path | None = None, quick: bool = False, minutes: float = 30.0) -
     run(json=json, quick=quick, minutes=minutes)
 
 
-def experts(json: Path | None = None, quick: bool = False) -> None:
+def experts(json: Path | None = None, quick: bool = False, device: Literal["cpu", "cuda"] = "cpu") -> None:
     """Time the experts of a decode step, by tokens, beside the memory's rate.
 
     Args:
         json: Write the tidy rows here too.
         quick: Fewer cases and repeats.
+        device: cuda: layers of OLMoE's and Qwen3-30B-A3B's shapes, beside other kernels that are installed.
     """
+    if device == "cuda":
+        from .benchmarks.experts_gpu import main as on_gpu
+
+        on_gpu(json=json, quick=quick)
+        return
     from .benchmarks.experts import main as run
 
     run(json=json, quick=quick)
