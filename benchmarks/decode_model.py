@@ -80,6 +80,13 @@ SHAPES = {"olmoe": olmoe, "qwen3_30b": qwen3_30b, "tiny": tiny}
 """Published shapes, whose weights are drawn where they are used."""
 
 
+def shape_of(name: str) -> ModelConfig:
+    """Raises ValueError: there is no such shape."""
+    if name not in SHAPES:
+        raise ValueError(f"there is no shape {name!r}: give one of {', '.join(SHAPES)}")
+    return SHAPES[name]()
+
+
 def make(folder: Path, shape: ModelConfig, seed: int = 0) -> None:
     """Writes the model in bf16 as a Mixtral that transformers opens too."""
     model = GPT(shape)

@@ -19,7 +19,7 @@ from ..infer.config import EngineConfig
 from ..infer.engine import Engine
 from ..models.gpt import GPT
 from .decode import Bench, Sizes, check
-from .decode_model import SHAPES, fill
+from .decode_model import SHAPES, fill, shape_of
 from .decode_worker import Coterie, peak_bytes
 from .device import Memory
 from .rows import Row, show, write
@@ -65,9 +65,7 @@ def engine(shape: str, device: str, seed: int = 0) -> Engine:
     Raises:
         ValueError: there is no such shape.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"there is no shape {shape!r}: give one of {', '.join(SHAPES)}")
-    model = GPT(SHAPES[shape](), device=device, dtype=torch.bfloat16)
+    model = GPT(shape_of(shape), device=device, dtype=torch.bfloat16)
     fill(model, seed)
     return Engine(model, None, EngineConfig(budget=_STEP, prefix_cache=False))
 

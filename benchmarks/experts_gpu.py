@@ -21,7 +21,7 @@ from ..kernels import expert_decode_triton as decode
 from ..kernels.expert_mlp import expert_mlp, expert_mlp_reference
 from ..kernels.permute import plan_rows
 from ..models.config import ModelConfig
-from .decode_model import SHAPES
+from .decode_model import shape_of
 from .device import Memory, captured, seconds, started
 from .rows import Row, show, write
 from .timing import median_and_spread
@@ -92,13 +92,14 @@ def main(
         tiles: the kernel of a few tokens alone, with tiles of many sizes, instead of beside its peers.
 
     Raises:
-        ValueError: one of our kernels gives wrong answers.
+        ValueError: there is no such shape, or one of our kernels gives wrong answers.
     """
     rows: list[Row] = []
     memory = Memory(device)
     for shape in shapes or ("olmoe", "qwen3_30b"):
-        layers = [_layer(SHAPES[shape](), device) for _ in range(_LAYERS)]
-        bench = Bench(shape, layers, SHAPES[shape]().moe.top_k, memory, device, 2 if quick else 9)
+        config = shape_of(shape)
+        layers = [_layer(config, device) for _ in range(_LAYERS)]
+        bench = Bench(shape, layers, config.moe.top_k, memory, device, 2 if quick else 9)
         for count in tokens or ((1, 16) if tiles else (1, 16, 64) if quick else TOKENS):
             for found in bench.sweep(count) if tiles else [bench.case(count, contenders(count))]:
                 rows += found
@@ -228,7 +229,7 @@ def _all(run: Run, calls: Sequence[tuple[Tensor, ...]]) -> Callable[[], object]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Time the experts of one layer on a GPU.")
-    parser.add_argument("shapes", nargs="*", choices=[*SHAPES, []])
+    parser.add_argument("shapes", nargs="*", help="olmoe and qwen3_30b, if none is named")
     parser.add_argument("--json", type=Path, help="write the tidy rows here")
     parser.add_argument("--quick", action="store_true", help="three cases, few repeats")
     parser.add_argument("--tiles", action="store_true", help="the tiles of our kernel, instead of peers")

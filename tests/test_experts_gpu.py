@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from coterie.benchmarks import experts_gpu
+from coterie.benchmarks.decode_model import SHAPES
 from coterie.benchmarks.rows import read
 from coterie.kernels import expert_decode_triton as decode
 from coterie.kernels.backend import HAS_TRITON, forced
@@ -21,9 +22,9 @@ pytestmark = [
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # The interpreter's products in bf16 are wrong.
     monkeypatch.setattr(torch, "bfloat16", torch.float32)
-    shape = experts_gpu.SHAPES["tiny"]()
+    shape = SHAPES["tiny"]()
     small = replace(shape, dim=32, experts=(4, 4), moe=replace(shape.moe, top_k=2, hidden=16))
-    monkeypatch.setitem(experts_gpu.SHAPES, "tiny", lambda: small)
+    monkeypatch.setitem(SHAPES, "tiny", lambda: small)
     monkeypatch.setattr(decode, "MOST_TOKENS", 2)
     monkeypatch.setattr(experts_gpu, "_LAYERS", 1)
     monkeypatch.setattr(experts_gpu, "_TURNS", 1)
@@ -56,7 +57,7 @@ def test_torchs_grouped_product_is_one_of_them(capsys) -> None:
 
 
 def _bench() -> experts_gpu.Bench:
-    layers = [experts_gpu._layer(experts_gpu.SHAPES["tiny"](), "cpu")]
+    layers = [experts_gpu._layer(SHAPES["tiny"](), "cpu")]
     return experts_gpu.Bench("tiny", layers, 2, _Memory(), "cpu", 1)  # type: ignore[arg-type]
 
 
