@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import gate_native, gate_triton
+from ..kernels import gate_native, route_triton
 from ..kernels.gate import Gated, gate
 from ..kernels.linear import linear
 from ..kernels.permute import plan_rows
@@ -121,8 +121,8 @@ class Gate(nn.Module):
         if asked and not losses and self._is_plain():
             if gate_native.ready(x_TD, self.weight, self.bias_E):
                 return self._infer(gate_native.route, x_TD)
-            if gate_triton.ready(x_TD, self.weight):
-                return self._infer(gate_triton.route, x_TD)
+            if route_triton.ready(x_TD, self.weight):
+                return self._infer(route_triton.route, x_TD)
         if generator is None:
             generator = self._own_generator(x_TD.device, replaying=replay_TK is not None)
         logits_TE = self._logits(x_TD, generator)

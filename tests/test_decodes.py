@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coterie.infer.decodes import MOST, Decodes
 from coterie.infer.paged import KVPool, KVType, PagedCache
 from coterie.infer.step import Slice
-from coterie.kernels import expert_decode_triton, gate_triton, native, tape
+from coterie.kernels import expert_decode_triton, native, route_triton, tape
 from coterie.kernels.backend import HAS_TRITON, forced
 from coterie.models.gpt import GPT
 from coterie.moe.config import MoEConfig
@@ -185,7 +185,7 @@ def _masked(indices) -> bool:
 @pytest.mark.parametrize(("sequences", "kv"), [(2, "int8"), (3, "auto")])
 def test_on_a_gpu_a_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, sequences: int, kv: KVType) -> None:
     """Few tokens, and more than the kernel of a few takes."""
-    for kernels in (expert_decode_triton, gate_triton):
+    for kernels in (expert_decode_triton, route_triton):
         monkeypatch.setattr(kernels, "MOST_TOKENS", 2)
     heads = replace(CONFIG, qk_norm="head", moe=MoEConfig(top_k=2, hidden=20))
     served = GPT(heads).eval()

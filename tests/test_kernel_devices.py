@@ -71,7 +71,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from coterie.kernels import cross_entropy, expert_mlp_triton as mlp, expert_sums_triton as sums, gate_triton as gate
-from coterie.kernels import expert_decode_triton as decode, paged_attention_triton as paged
+from coterie.kernels import expert_decode_triton as decode, paged_attention_triton as paged, route_triton as route
 from coterie.kernels import grouped_gemm_triton as gemm, kl, permute_triton as permute, rmsnorm, rope
 
 H, I, W, i = "*bf16", "*i64", "*fp32", "i32"
@@ -96,8 +96,8 @@ CASES = [(k, GEMM) for k in (gemm._rows_kernel, gemm._weights_kernel, mlp._up_ke
 CASES += [(k, SUMS) for k in (sums._choices_kernel, sums._columns_kernel)]
 CASES += [(gate._gate_kernel, GATE), (gate._gate_kernel, dict(GATE, replay_TK=None)), (gate._gate_kernel,
     dict(GATE, G=1, P=1, Q=64, valid_T=None, replay_TK=None, bias_E=None)), (gate._gate_backward_kernel, GATE)]
-CASES += [(gate._logits_kernel, dict(D=2048, E=128, BLOCK_E=8, BLOCK_D=512)), (gate._route_kernel, dict(GATE,
-    SOFTMAX=False, RENORMALIZE=True, BLOCK_K=8, BLOCK_T=1)), (gate._route_kernel, dict(GATE, G=1, P=1, Q=64,
+CASES += [(route._logits_kernel, dict(D=2048, E=128, BLOCK_E=8, BLOCK_D=512)), (route._route_kernel, dict(GATE,
+    SOFTMAX=False, RENORMALIZE=True, BLOCK_K=8, BLOCK_T=1)), (route._route_kernel, dict(GATE, G=1, P=1, Q=64,
     bias_E=None, RENORMALIZE=True, BLOCK_K=8, BLOCK_T=1, tokens=1))]
 CASES += [(k, MOVE) for k in (permute._rank_kernel, permute._place_kernel, permute._permute_kernel,
     permute._unpermute_kernel, permute._unpermute_backward_kernel)]
