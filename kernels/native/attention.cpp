@@ -163,6 +163,7 @@ template <class X, class K, class C> struct Layer {
         s.total.clear(rows, padded);
         long slot[TILE], ahead[TILE];
         float total[ROWS] = {};
+        bool first = true;  // nobody has asked for the first tile yet
         for (int64_t part = u.from; part < u.to; part++) {
             s.part.clear(rows, padded);
             int64_t start = std::max(part * PART, begin / TILE * TILE), stop = std::min((part + 1) * PART, end);
@@ -172,6 +173,9 @@ template <class X, class K, class C> struct Layer {
                     bad = true;
                     return;
                 }
+                if (first)
+                    for (int g = 0; g < u.groups; g++) fetch(u.group + g, slot, next - start);
+                first = false;
                 for (int g = 0; g < u.groups; g++) {
                     fetch(u.group + g, ahead, last - next);
                     tile(s, u, g, start, slot);
