@@ -19,6 +19,7 @@ from .drafts import Guess
 from .memory import read_rate
 from .outputs import TokenLogprob
 from .paged import KVPool, PagedCache
+from .prompt_logprobs import prompt_rows, read_prompt_rows
 from .request import Key
 from .sample_state import GREEDY, SampleState
 from .sampling import Row, Sampled, SamplingBatch, sample_batch
@@ -114,13 +115,18 @@ class Runner:
         """
         self.pool.copy(step.copies)
         wanted = _wanted(step.slices, states or {}, guesses or {})
-        out = self._pass(step, [at for one in wanted for at in range(one.at, one.at + one.count)])
+        prompts = prompt_rows(step.slices, states or {})
+        rows = [at for one in wanted for at in range(one.at, one.at + one.count)]
+        out = self._pass(step, rows + [at for one in prompts for at in one.at])
         assert out.logits_BSV is not None
-        read = _draw(out.logits_BSV[0], wanted, out.routes) if wanted else None
+        logits_RV, told_RV = out.logits_BSV[0].tensor_split([len(rows)])
+        read = _draw(logits_RV, wanted, out.routes) if wanted else None
 
         def end() -> Ran:
             ran = Ran()
             with torch.inference_mode():
+                if prompts:
+                    read_prompt_rows(told_RV, prompts)
                 if read is not None:
                     read(ran)
                 if loads:
@@ -131,7 +137,7 @@ class Runner:
 
     def _pass(self, step: Step, rows: list[int]) -> Output:
         """The model on a step, with logits of these of its tokens."""
-        whole = len(rows) == step.tokens
+        whole = rows == list(range(step.tokens))
         out = self.decodes.run(step.slices) if whole else None
         if out is None:
             tokens_1T, positions_1T = self.cache.begin(step.slices)

@@ -81,8 +81,8 @@ def _call(
     _check(x, parameters, count * hidden, parts, dim)
     y, tokens = torch.empty_like(x), x.numel() // max(dim, 1)
     rows = min(tokens, _AT_ONCE) * choices
-    # As experts.cpp divides it: offsets of experts, plan of the rows, outputs in fp32, and hidden rows; tiles have the
-    # inputs and the hidden rows in groups, of which each part of an expert begins its own.
+    # As experts.cpp divides it: offsets of experts, plan of the rows, outputs in fp32, and hidden rows; tiles have
+    # inputs and hidden rows in groups, of which each part of an expert begins its own.
     packed = 0 if x.dtype == torch.float32 else (rows // _GROUP + min(rows, count + rows // _PART)) * _GROUP
     inner = max(rows * hidden, packed * (dim + hidden)) * x.element_size()
     room = x.new_empty(_GAPS + 8 * (count + 1) + rows * (40 + dim * 4) + inner, dtype=torch.uint8)

@@ -92,7 +92,7 @@ def test_without_tiles() -> None:
 def test_one_expert_for_all_and_more_tokens_than_are_taken_at_once(dtype: torch.dtype, dim: int) -> None:
     experts = _experts(dtype=dtype, dim=dim, hidden=20 if dim == 12 else 64)
     tokens = 2 * expert_native._AT_ONCE + 3
-    x_TD, ids_TK = torch.randn(tokens, 12).to(dtype), torch.tensor([[3, -1]]).expand(tokens, K)
+    x_TD, ids_TK = torch.randn(tokens, dim).to(dtype), torch.tensor([[3, -1]]).expand(tokens, K)
     y_TD = _run(experts, x_TD, ids_TK, None)
     some = torch.tensor([0, 1, 515, 2047, 2048, 4096, tokens - 1])
     expected_TD = _expected(experts, x_TD[some], ids_TK[some], torch.ones(len(some), K))
