@@ -136,10 +136,10 @@ template <class X, class K, class C> struct Layer {
         auto lo = [&](int64_t t) { return int(std::max<int64_t>(0, first_key(first + t) - start)); };
         auto hi = [&](int64_t t) { return int(std::min<int64_t>(TILE, first + t + 1 - start)); };
         bool even = lo(t0) == lo(t1 - 1) && hi(t0) == hi(t1 - 1);
-        bool whole = fill<K, C>(s, k, v, slot, u.group + g, lo(t0), hi(t1 - 1), a.d, padded);
+        fill<K, C>(s, k, v, slot, u.group + g, lo(t0), hi(t1 - 1), a.d, padded);
         int from = base + int(t0) * repeat, to = base + int(t1) * repeat;
         score_rows(s, from, to, a.d);
-        if (even || whole) {
+        if (even || finite<LARGEST<K> != 0>(s, padded)) {
             for (int i = from; i < to; i++) soft(s, i, lo((i - base) / repeat), hi((i - base) / repeat));
             weigh_rows(s, from, to, padded);
             return;

@@ -11,8 +11,9 @@
 #include "dot.h"
 #include "plan.h"
 
-constexpr long STRIP = 16;         // rows that pass together over a block of weights at most
-constexpr long NEAR = 32 << 10;    // bytes of such rows that stay in a core's first cache
+constexpr long STRIP = 18;         // rows that pass together over a block of weights at most
+constexpr long TALL = 6;           // rows of a tile of sums at most: more would not leave it in registers
+constexpr long NEAR = 36 << 10;    // bytes of such rows that stay in a core's first cache
 
 // out[m * stride + n] = <x_m, w_n> for M rows of x and `count` rows of w.
 template <int M, bool AHEAD, class X>
@@ -32,6 +33,8 @@ static inline void strip(const X *const *x, const X *w, long count, long K, floa
 
 template <bool AHEAD, class X>
 static inline void strip(long m, const X *const *x, const X *w, long count, long K, float *out, long stride) {
+    if (m == 6) strip<6, AHEAD>(x, w, count, K, out, stride);
+    if (m == 5) strip<5, AHEAD>(x, w, count, K, out, stride);
     if (m == 4) strip<4, AHEAD>(x, w, count, K, out, stride);
     if (m == 3) strip<3, AHEAD>(x, w, count, K, out, stride);
     if (m == 2) strip<2, AHEAD>(x, w, count, K, out, stride);
@@ -44,7 +47,7 @@ static inline void strip(long m, const X *const *x, const X *w, long count, long
 template <bool FIRST, class X>
 static void product(long rows, const X *const *x, const X *w, long count, long K, float *out, long stride) {
     if (rows <= 4) return strip<FIRST>(rows, x, w, count, K, out, stride);
-    long tiles = share(rows, 4), lines = share(4 * K * long(sizeof(X)), 64 * tiles);
+    long tiles = share(rows, TALL), lines = share(4 * K * long(sizeof(X)), 64 * tiles);
     for (long n = 0; n < count; n += 4, w += 4 * K) {
         const char *ahead = (const char *)(w + 8 * K);
         for (long i = 0, left = tiles; left > 0; left--) {
@@ -65,7 +68,7 @@ static void product(bool first, long rows, const X *const *x, const X *w, long c
 
 // Rows that pass together: where they are few, all of them, as the memory is slower than any cache.
 template <class X> static long together(long rows, long K) {
-    return rows <= STRIP || STRIP * K * long(sizeof(X)) <= NEAR ? STRIP : 4;
+    return rows <= STRIP || STRIP * K * long(sizeof(X)) <= NEAR ? STRIP : TALL;
 }
 
 template <class P> static void take(P *&own, char *&room, long count) {
