@@ -1,0 +1,185 @@
+"""The fast planner: replicas, packing and a search, for all layers of one size at a time. No torch.
+
+    1. replicas   one by one to the expert with the most work for each copy
+    2. nodes      copies, heaviest first, to the node with the least work and the most of what they are chosen with;
+                  then swaps between nodes where tokens cross less for it
+    3. ranks      within a node, heaviest first, to the rank with the least work
+    4. search     swaps that lower the sum over steps of the fullest rank's work, which is the objective itself
+
+An expert's work in a step is `aim.tokens` x its tokens over those of the mean rank, plus, where it has any,
+`aim.activated` over the experts of the mean rank. So prefill and decode are two settings of one planner.
+
+The search is made where tokens count: copies share tokens evenly, so the sum that it lowers is the objective. In
+decode one copy of each expert computes, and searching with even shares instead finds what does not last: out of
+window it cost more than it won.
+"""
+
+# Shapes: L layers, S steps, N nodes of G ranks, R = N * G ranks, C slots of a rank, E experts, M copies of all.
+
+from __future__ import annotations
+
+import numpy as np
+
+from .placement import Cluster, Placement
+from .placement_moves import adopt, align, follow
+from .placement_score import PREFILL, Aim, costs
+from .placement_search import Bonds, search, trade
+from .routes import Routes
+
+STEPS = 32
+"""Steps that the search looks at, spread evenly over those recorded."""
+_FULL = 1e9
+"""Worse than any place with room."""
+
+
+def plan(
+    routes: Routes,
+    cluster: Cluster,
+    aim: Aim = PREFILL,
+    *,
+    present: Placement | None = None,
+    moves: int | None = None,
+) -> Placement:
+    """A placement for steps like the recorded ones. The same input gives the same placement.
+
+    Args:
+        present: what there is. Each layer stays as it is unless that costs more in the recorded steps.
+        moves: copies that ranks may fetch to get there, in all; layers that win the most for each come first.
+
+    Raises:
+        ValueError: the experts do not fit, nothing was recorded, or the present placement is of something else.
+    """
+    if not routes.loads_SLE.any():
+        raise ValueError("no step with tokens was recorded, so there is nothing to plan by")
+    mean_LE = routes.loads_SLE.mean(0)
+    skew_L = mean_LE.max(1) / mean_LE.mean(1).clip(1e-9)
+    sizes = list(zip(routes.experts, cluster.room(routes.experts, skew_L.tolist()), strict=True))
+    slots_LRC = np.full((len(sizes), cluster.world, cluster.slots), -1, np.int16)
+    for size in sorted(set(sizes)):
+        which = [layer for layer, other in enumerate(sizes) if other == size]
+        some = routes if len(which) == len(sizes) else routes.layers(which)
+        slots_LRC[which, :, : size[1]] = _plan(some, cluster, size[1], aim)
+    fresh = Placement(slots_LRC, routes.experts, cluster.nodes)
+    if present is None:
+        return follow(fresh, routes.transitions_LEE) if aim.follow else fresh
+    present.check(cluster)
+    if present.experts != routes.experts:
+        raise ValueError("the present placement and the routes are of different layers")
+    fresh = align(fresh, present)
+    before_L, after_L = (costs(placement, routes, aim) for placement in (present, fresh))
+    return adopt(present, fresh, before_L, after_L, moves)
+
+
+def work_of(loads_SLE: np.ndarray, ranks: int, aim: Aim) -> np.ndarray:
+    """Work (L, S, E) of each expert in each step; 1 is that of a rank in a balanced step."""
+    loads_LSE = loads_SLE.transpose(1, 0, 2).astype(np.float32)
+    out = np.zeros_like(loads_LSE)
+    for weight, part in ((aim.tokens, loads_LSE), (aim.activated, (loads_LSE > 0).astype(np.float32))):
+        if weight:
+            out += part * (weight * ranks / part.sum(2, keepdims=True).clip(1))
+    return out
+
+
+def _plan(routes: Routes, cluster: Cluster, room: int, aim: Aim) -> np.ndarray:
+    N, G = cluster.nodes, cluster.ranks
+    chosen = np.unique(np.linspace(0, len(routes) - 1, STEPS).astype(int))
+    work_LSE = work_of(routes.loads_SLE[chosen], N * G, aim)
+    mean_LE = work_LSE.mean(1)
+    copies_LE = replicate(mean_LE, N * G * room, N * G)
+    work_LSE /= copies_LE[:, None]
+    share_LE = mean_LE / copies_LE
+    bonds = Bonds(routes.pairs_LEE, copies_LE, N, aim.crossings) if aim.crossings and N > 1 else None
+    members_LNJ = to_nodes(items(copies_LE, share_LE), share_LE, N, G, bonds)
+    if bonds is not None:
+        trade(members_LNJ, share_LE, bonds, G)
+    slots_LRC = to_ranks(members_LNJ, share_LE, G)
+    return search(slots_LRC, work_LSE, bonds, N) if aim.tokens and N * G > 1 else slots_LRC
+
+
+def replicate(work_LE: np.ndarray, slots: int, ranks: int) -> np.ndarray:
+    """Copies (L, E) of each expert: one, and each further slot to the expert with the most work for a copy. An expert
+    has no more copies than there are ranks."""
+    copies_LE = np.ones(work_LE.shape, np.int64)
+    layers = np.arange(len(work_LE))
+    share_LE = work_LE.copy()
+    for _ in range(slots - work_LE.shape[1]):
+        e_L = share_LE.argmax(1)
+        n_L = copies_LE[layers, e_L] + 1
+        copies_LE[layers, e_L] = n_L
+        share_LE[layers, e_L] = np.where(n_L < ranks, work_LE[layers, e_L] / n_L, -1)
+    return copies_LE
+
+
+def items(copies_LE: np.ndarray, share_LE: np.ndarray) -> np.ndarray:
+    """The copies (L, M) as expert numbers, those with the most work first, copies of one expert together."""
+    order_LE = np.argsort(-share_LE, axis=1, kind="stable")
+    counts_LE = np.take_along_axis(copies_LE, order_LE, 1)
+    return np.repeat(order_LE.ravel(), counts_LE.ravel()).reshape(len(copies_LE), -1)
+
+
+def to_nodes(items_LM: np.ndarray, share_LE: np.ndarray, nodes: int, ranks: int, bonds: Bonds | None) -> np.ndarray:
+    """Which copies each node gets, (L, N, J = M / N), the heaviest first.
+
+    Each goes to the node with the fewest copies of its expert, of these to the one with the least work, less what it
+    is bound to there.
+    """
+    L, M = items_LM.shape
+    if nodes == 1:
+        return items_LM[:, None]
+    layers, most = np.arange(L), M // nodes
+    node_LM = np.empty((L, M), np.int64)
+    work_LN, used_LN = np.zeros((L, nodes), np.float32), np.zeros((L, nodes), np.int64)
+    copies_LEN = np.zeros((L, share_LE.shape[1], nodes), np.float32)
+    for i in range(M):
+        e_L = items_LM[:, i]
+        bad_LN = work_LN / ranks + 1e3 * copies_LEN[layers, e_L]
+        if bonds is not None:
+            bad_LN -= bonds.held(e_L)
+        bad_LN[used_LN == most] = _FULL
+        n_L = bad_LN.argmin(1)
+        node_LM[:, i] = n_L
+        work_LN[layers, n_L] += share_LE[layers, e_L]
+        used_LN[layers, n_L] += 1
+        copies_LEN[layers, e_L, n_L] += 1
+        if bonds is not None:
+            bonds.put(e_L, n_L)
+    order_LM = np.argsort(node_LM, axis=1, kind="stable")
+    return np.take_along_axis(items_LM, order_LM, 1).reshape(L, nodes, most)
+
+
+def to_ranks(members_LNJ: np.ndarray, share_LE: np.ndarray, ranks: int) -> np.ndarray:
+    """Which copies each rank gets, (L, R, C): each to the rank of its node with the least work that has room."""
+    L, N, J = members_LNJ.shape
+    room = J // ranks
+    flat_BJ = members_LNJ.reshape(L * N, J)  # B = L * N
+    share_BJ = np.take_along_axis(share_LE, members_LNJ.reshape(L, N * J), 1).reshape(L * N, J)
+    order_BJ = np.argsort(-share_BJ, axis=1, kind="stable")
+    flat_BJ, share_BJ = np.take_along_axis(flat_BJ, order_BJ, 1), np.take_along_axis(share_BJ, order_BJ, 1)
+    rows = np.arange(L * N)
+    slots_BGC = np.full((L * N, ranks, room), -1, np.int64)
+    work_BG, used_BG = np.zeros((L * N, ranks), np.float32), np.zeros((L * N, ranks), np.int64)
+    for j in range(J):
+        e_B = flat_BJ[:, j]
+        bad_BG = work_BG + 1e3 * (slots_BGC == e_B[:, None, None]).any(2)
+        bad_BG[used_BG == room] = _FULL
+        g_B = bad_BG.argmin(1)
+        slots_BGC[rows, g_B, used_BG[rows, g_B]] = e_B
+        work_BG[rows, g_B] += share_BJ[:, j]
+        used_BG[rows, g_B] += 1
+    slots_LRC = slots_BGC.reshape(L, N * ranks, room)
+    _part_twins(slots_LRC)
+    return slots_LRC
+
+
+def _part_twins(slots_LRC: np.ndarray) -> None:
+    """Where the last room left put two copies of an expert on a rank, one is swapped with another rank's."""
+    in_order = np.sort(slots_LRC, axis=2)
+    for layer, rank in np.argwhere((in_order[:, :, 1:] == in_order[:, :, :-1]).any(2)):
+        mine_C = slots_LRC[layer, rank]
+        for c in range(len(mine_C)):
+            if mine_C[c] not in mine_C[:c]:
+                continue
+            for other_C in slots_LRC[layer]:
+                if mine_C[c] not in other_C and (free := np.flatnonzero(~np.isin(other_C, mine_C))).size:
+                    other_C[free[-1]], mine_C[c] = mine_C[c], other_C[free[-1]]
+                    break
