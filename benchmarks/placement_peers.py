@@ -31,10 +31,10 @@ def eplb(tokens_E: np.ndarray, slots: int, nodes: int, ranks: int, groups: int =
     per_node = ranks // nodes
     for node in range(nodes):
         mine = np.flatnonzero(np.repeat(node_of_group == node, E // groups))
-        count = np.ones(len(mine), np.int64)
+        count, physical = np.ones(len(mine), np.int64), list(range(len(mine)))  # further copies come last
         for _ in range(slots // nodes - len(mine)):
-            count[(tokens_E[mine] / count).argmax()] += 1
-        physical = np.repeat(np.arange(len(mine)), count)
+            physical.append(int((tokens_E[mine] / count).argmax()))
+            count[physical[-1]] += 1
         rank_W = pack((tokens_E[mine] / count)[physical], per_node)
         np.add.at(copies_RE, (node * per_node + rank_W, mine[physical]), 1)
     return copies_RE

@@ -5,6 +5,7 @@
                   then swaps between nodes where tokens cross less for it
     3. ranks      within a node, heaviest first, to the rank with the least work
     4. search     swaps that lower the sum over steps of the fullest rank's work, which is the objective itself
+    5. polish     where there are few experts and ranks: any change that lowers the cost, other replicas too
 
 An expert's work in a step is `aim.tokens` x its tokens over those of the mean rank, plus, where it has any,
 `aim.activated` over the experts of the mean rank. So prefill and decode are two settings of one planner.
@@ -21,7 +22,8 @@ from __future__ import annotations
 import numpy as np
 
 from .placement import Cluster, Placement
-from .placement_moves import adopt, align, follow
+from .placement_moves import adopt, align, follow, match
+from .placement_polish import polish, small
 from .placement_score import PREFILL, Aim, costs
 from .placement_search import Bonds, search, trade
 from .routes import Routes
@@ -93,7 +95,13 @@ def _plan(routes: Routes, cluster: Cluster, room: int, aim: Aim) -> np.ndarray:
     if bonds is not None:
         trade(members_LNJ, share_LE, bonds, G)
     slots_LRC = to_ranks(members_LNJ, share_LE, G)
-    return search(slots_LRC, work_LSE, bonds, N) if aim.tokens and N * G > 1 else slots_LRC
+    if aim.tokens and N * G > 1:
+        slots_LRC = search(slots_LRC, work_LSE, bonds, N)
+    if small(N * G, room, work_LSE.shape[2], len(chosen)):
+        for layer, slots_RC in enumerate(slots_LRC):
+            pairs_EE = None if bonds is None else routes.pairs_LEE[layer]
+            slots_LRC[layer] = polish(slots_RC, routes.loads_SLE[chosen, layer], aim, pairs_EE, N)
+    return slots_LRC
 
 
 def replicate(work_LE: np.ndarray, slots: int, ranks: int) -> np.ndarray:
@@ -120,31 +128,29 @@ def items(copies_LE: np.ndarray, share_LE: np.ndarray) -> np.ndarray:
 def to_nodes(items_LM: np.ndarray, share_LE: np.ndarray, nodes: int, ranks: int, bonds: Bonds | None) -> np.ndarray:
     """Which copies each node gets, (L, N, J = M / N), the heaviest first.
 
-    Each goes to the node with the fewest copies of its expert, of these to the one with the least work, less what it
-    is bound to there.
+    In rounds: every node gets one of the next N copies, so that heavy ones come where there is little work, and bound
+    ones where they are bound to. A node that has the expert already takes another copy last.
     """
     L, M = items_LM.shape
-    if nodes == 1:
-        return items_LM[:, None]
-    layers, most = np.arange(L), M // nodes
-    node_LM = np.empty((L, M), np.int64)
-    work_LN, used_LN = np.zeros((L, nodes), np.float32), np.zeros((L, nodes), np.int64)
-    copies_LEN = np.zeros((L, share_LE.shape[1], nodes), np.float32)
-    for i in range(M):
-        e_L = items_LM[:, i]
-        bad_LN = work_LN / ranks + 1e3 * copies_LEN[layers, e_L]
+    rows_L1 = np.arange(L)[:, None]
+    members_LNJ = np.empty((L, nodes, M // nodes), np.int64)
+    work_LN = np.zeros((L, nodes), np.float32)
+    has_LNE = np.zeros((L, nodes, share_LE.shape[1]), bool)
+    for j in range(M // nodes):
+        e_LN = items_LM[:, j * nodes : (j + 1) * nodes]
+        share_LN = share_LE[rows_L1, e_LN]
+        # Over all pairs, the sum of squares of the nodes' work falls the most.
+        worth_LNN = -(work_LN[:, :, None] / ranks) * share_LN[:, None]
+        worth_LNN -= 1e3 * has_LNE[rows_L1[..., None], np.arange(nodes)[:, None], e_LN[:, None]]
         if bonds is not None:
-            bad_LN -= bonds.held(e_L)
-        bad_LN[used_LN == most] = _FULL
-        n_L = bad_LN.argmin(1)
-        node_LM[:, i] = n_L
-        work_LN[layers, n_L] += share_LE[layers, e_L]
-        used_LN[layers, n_L] += 1
-        copies_LEN[layers, e_L, n_L] += 1
+            worth_LNN += bonds.held(e_LN)
+        e_LN = np.take_along_axis(e_LN, match(worth_LNN), 1)
+        members_LNJ[:, :, j] = e_LN
+        work_LN += share_LE[rows_L1, e_LN]
+        has_LNE[rows_L1, np.arange(nodes), e_LN] = True
         if bonds is not None:
-            bonds.put(e_L, n_L)
-    order_LM = np.argsort(node_LM, axis=1, kind="stable")
-    return np.take_along_axis(items_LM, order_LM, 1).reshape(L, nodes, most)
+            bonds.put(e_LN)
+    return members_LNJ
 
 
 def to_ranks(members_LNJ: np.ndarray, share_LE: np.ndarray, ranks: int) -> np.ndarray:

@@ -17,7 +17,7 @@ CANDIDATES = 8
 EFFORT = 1 << 20
 """Numbers looked at, times the rounds: many rounds for few layers and ranks, few where one takes long."""
 PARTNERS = 8
-"""Ranks that one is tried with."""
+"""Ranks that one is tried with at a time."""
 _EPS = 1e-6
 
 
@@ -42,16 +42,17 @@ class Bonds:
         self.unit_L = (weight / total_L).astype(np.float32)
         self.near_LNE = np.zeros((L, nodes, E), np.float32)
         """Over the copies that a node holds: how often they were chosen with each expert, over their copies."""
-        self._layers = np.arange(L)
 
-    def held(self, e_L: np.ndarray) -> np.ndarray:
-        """What a copy of an expert of each layer is bound to on each node, (L, N)."""
-        return self.near_LNE[self._layers, :, e_L] * (self.scale_LE[self._layers, e_L] * self.unit_L)[:, None]
+    def held(self, e_LX: np.ndarray) -> np.ndarray:
+        """What copies of experts of each layer are bound to on each node, (L, N, X)."""
+        rows = np.arange(len(e_LX))[:, None]
+        scale_LX = self.scale_LE[rows, e_LX] * self.unit_L[:, None]
+        return np.take_along_axis(self.near_LNE, e_LX[:, None], 2) * scale_LX[:, None]
 
-    def put(self, e_L: np.ndarray, n_L: np.ndarray) -> None:
-        """A copy of an expert of each layer comes to a node."""
-        at = (self._layers, e_L)
-        self.near_LNE[self._layers, n_L] += self.pairs_LEE[at] * self.scale_LE[at][:, None]
+    def put(self, e_LN: np.ndarray) -> None:
+        """A copy of an expert of each layer comes to each node."""
+        rows = np.arange(len(e_LN))[:, None]
+        self.near_LNE += self.pairs_LEE[rows, e_LN] * self.scale_LE[rows, e_LN][..., None]
 
     def gain(self, rows: np.ndarray, e: np.ndarray, f: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """What is won when a copy of `e` on node `a` and one of `f` on node `b` change places; all index arrays that
@@ -110,7 +111,7 @@ def trade(members_LNJ: np.ndarray, share_LE: np.ndarray, bonds: Bonds, ranks: in
 
 
 def _rounds(size: int) -> int:
-    return min(64, max(4, EFFORT // size))
+    return min(256, max(4, EFFORT // size))
 
 
 def _meetings(nodes: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -152,20 +153,20 @@ def search(slots_LRC: np.ndarray, work_LSE: np.ndarray, bonds: Bonds | None, nod
     layers = np.arange(L)
     load_LRS = work_LES[layers[:, None, None], slots_LRC].sum(2)
     held_LRE = held(slots_LRC, work_LES.shape[1])
-    tired_LR = np.zeros((L, R), bool)
+    tried_LR = np.zeros((L, R), np.int64)  # lots of partners without a swap that helps
     for _ in range(_rounds(load_LRS.size)):
         fullest_LS = load_LRS.argmax(1)
         blame_LR = np.bincount((fullest_LS + layers[:, None] * R).ravel(), minlength=L * R).reshape(L, R)
-        blame_LR[tired_LR] = 0
+        blame_LR[tried_LR * PARTNERS >= R - 1] = 0
         row = np.flatnonzero(blame_LR.any(1))
         if not row.size:
             break
         r = blame_LR[row].argmax(1)
-        others = _partners(load_LRS[row], r, fullest_LS[row] == r[:, None])
+        others = _partners(load_LRS[row], r, fullest_LS[row] == r[:, None], tried_LR[row, r])
         win = _wins(slots_LRC, work_LES, load_LRS, held_LRE, bonds, row, r, others, R // nodes)
         best = win.reshape(len(row), -1).argmax(1)
         good = win.reshape(len(row), -1)[np.arange(len(row)), best] > _EPS
-        tired_LR[row[~good], r[~good]] = True
+        tried_LR[row[~good], r[~good]] += 1
         x, y, z = np.unravel_index(best[good], win.shape[1:])
         row, r, q = row[good], r[good], others[good, y]
         e, f = slots_LRC[row, r, x], slots_LRC[row, q, z]
@@ -175,18 +176,19 @@ def search(slots_LRC: np.ndarray, work_LSE: np.ndarray, bonds: Bonds | None, nod
         load_LRS[row, q] -= change
         held_LRE[row, r, e] = held_LRE[row, q, f] = False
         held_LRE[row, r, f] = held_LRE[row, q, e] = True
-        tired_LR[row] = False
+        tried_LR[row] = 0
         if bonds is not None:
             bonds.swap(row, e, f, r * nodes // R, q * nodes // R)
     return slots_LRC
 
 
-def _partners(load_BRS: np.ndarray, r_B: np.ndarray, hot_BS: np.ndarray) -> np.ndarray:
-    """The ranks (B, Q) with the least work in the steps in which `r_B` has the most."""
+def _partners(load_BRS: np.ndarray, r_B: np.ndarray, hot_BS: np.ndarray, lot_B: np.ndarray) -> np.ndarray:
+    """The ranks (B, Q) with the least work in the steps in which `r_B` has the most, or a later lot of PARTNERS."""
     work_BR = np.einsum("brs,bs->br", load_BRS, hot_BS.astype(np.float32))
     work_BR[np.arange(len(r_B)), r_B] = np.inf
-    few = min(PARTNERS, work_BR.shape[1] - 1)
-    return np.argsort(work_BR, axis=1, kind="stable")[:, :few]
+    last = work_BR.shape[1] - 2  # behind it comes the rank itself
+    places = np.minimum(lot_B[:, None] * PARTNERS + np.arange(min(PARTNERS, last + 1)), last)
+    return np.take_along_axis(np.argsort(work_BR, axis=1, kind="stable"), places, 1)
 
 
 def _wins(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 SWEEPS = 5
+_FULL = np.int32(1 << 30)
 
 
 def spread(held_RE: np.ndarray, nodes: int) -> np.ndarray:
@@ -49,30 +50,36 @@ def spread(held_RE: np.ndarray, nodes: int) -> np.ndarray:
     return target_PE
 
 
-def concentrate(loads_BE: np.ndarray, held_RE: np.ndarray) -> np.ndarray:
+def concentrate(loads_BE: np.ndarray, held: np.ndarray) -> np.ndarray:
     """On which rank each expert is computed, (B, E); -1 where it has no token.
 
     Experts with one copy are given. The others go, those with the fewest copies first, to the rank that reads the
     fewest. Then each is moved to one that reads no more than where it is would without it, SWEEPS - 1 times: moves
     that change nothing yet carry what is too much on one rank along to one with room.
+
+    Args:
+        held: which rank holds which expert, (R, E), or for each step another one, (B, R, E).
     """
     active_BE = np.asarray(loads_BE) > 0
-    copies_E = held_RE.sum(0)
+    held_BRE = held if held.ndim == 3 else held[None]
+    copies_E = held_BRE.sum(1).max(0)
     given_E = copies_E == 1
-    rank_BE = np.where(active_BE, held_RE.argmax(0), -1)
-    read_BR = (active_BE[:, given_E].astype(np.float32) @ held_RE[:, given_E].T.astype(np.float32)).astype(np.int32)
-    order = [e for e in np.argsort(copies_E, kind="stable") if copies_E[e] > 1]
+    rank_BE = np.where(active_BE, held_BRE.argmax(1), -1)
+    reads_BRG = held_BRE[:, :, given_E].astype(np.float32) @ active_BE[:, given_E, None].astype(np.float32)
+    read_BR = reads_BRG[..., 0].astype(np.int32)
     steps = np.arange(len(active_BE))
-    holders = {e: np.flatnonzero(held_RE[:, e]) for e in order}
+    order = [(e, np.flatnonzero(held_BRE[:, :, e].any(0))) for e in np.argsort(copies_E, kind="stable")]
     for sweep in range(SWEEPS):
-        for e in order:
+        for e, holders in order:
+            if copies_E[e] < 2:
+                continue
             active_B = active_BE[:, e]
-            there_BC = 2 * read_BR[:, holders[e]]
+            there_BC = np.where(held_BRE[:, holders, e], 2 * read_BR[:, holders], _FULL)
             if sweep:
                 # Taken out, it counts one less where it is; a half more sends it elsewhere on a tie.
-                there_BC -= holders[e] == rank_BE[:, e, None]
+                there_BC -= holders == rank_BE[:, e, None]
                 read_BR[steps, rank_BE[:, e]] -= active_B
-            pick_B = holders[e][there_BC.argmin(1)]
+            pick_B = holders[there_BC.argmin(1)]
             read_BR[steps, pick_B] += active_B
             rank_BE[:, e] = np.where(active_B, pick_B, -1)
     return rank_BE

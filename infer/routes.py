@@ -76,9 +76,9 @@ class Routes:
 
     @property
     def sampled_LTK(self) -> np.ndarray:
-        """The sample without its steps."""
-        tokens = self.tokens_SMLK
-        return np.ascontiguousarray(tokens.reshape(-1, *tokens.shape[2:]).transpose(1, 0, 2))
+        """The sample without its steps, and without the places of tokens that were not there."""
+        tokens_TLK = self.tokens_SMLK.reshape(-1, *self.tokens_SMLK.shape[2:])
+        return np.ascontiguousarray(tokens_TLK[(tokens_TLK >= 0).any((1, 2))].transpose(1, 0, 2))
 
     @cached_property
     def pairs_LEE(self) -> np.ndarray:

@@ -14,14 +14,22 @@ from coterie.infer.placement_score import DECODE, PREFILL, Aim, costs, score
 from coterie.infer.replicas import concentrate, spread
 from coterie.infer.routes import Recorder, Routes
 
-QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+QUICK = settings(max_examples=10, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _impatient():
+    """A short last search: these tests are about what holds for any plan."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coterie.infer.placement_polish.PATIENCE", 3)
+        yield
 
 
 @st.composite
 def clusters(draw) -> tuple[Cluster, tuple[int, ...]]:
     """A small cluster, and experts that fit."""
     nodes, ranks = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    slots = draw(st.integers(1, 4))
+    slots = draw(st.integers(1, 3))
     experts = tuple(draw(st.lists(st.integers(1, nodes * ranks * slots), min_size=1, max_size=3)))
     least = sum(-(-count // (nodes * ranks)) for count in experts)
     copies = draw(st.none() | st.integers(least, least + 5))
@@ -29,7 +37,7 @@ def clusters(draw) -> tuple[Cluster, tuple[int, ...]]:
 
 
 @st.composite
-def recordings(draw, experts: tuple[int, ...], steps: int = 5) -> Routes:
+def recordings(draw, experts: tuple[int, ...], steps: int = 3) -> Routes:
     """Any loads, with steps and layers that have none, and any tokens."""
     dice = np.random.default_rng(draw(st.integers(0, 1 << 30)))
     top_k, sparse = draw(st.integers(1, 3)), draw(st.sampled_from([0.0, 0.5, 0.95]))
@@ -41,7 +49,7 @@ def recordings(draw, experts: tuple[int, ...], steps: int = 5) -> Routes:
             for t in range(4):
                 some = dice.choice(E, min(E, top_k), replace=False)
                 ids_LTK[layer, t, : len(some)] = some
-        recorder.add(loads, ids_LTK, 0)
+        recorder.add(loads, ids_LTK[:, : dice.integers(1, 5)], 0)
     routes = recorder.routes()
     routes.loads_SLE[0, :, 0] += 1  # a plan needs something
     return routes
@@ -97,7 +105,7 @@ def test_a_score_equals_loops(case) -> None:
             prefill += max(tokens)
             decode += max(chosen.count(r) for r in range(R))
             ratios += [max(tokens) / (sum(tokens) / R)] if sum(tokens) else []
-    sample = routes.tokens_SMLK.reshape(-1, *routes.tokens_SMLK.shape[2:])
+    sample = [token_LK for step in routes.tokens_SMLK for token_LK in step if (token_LK >= 0).any()]
     for t, token_LK in enumerate(sample):
         home = at = t % R
         for layer, ids in enumerate(token_LK):
@@ -108,7 +116,7 @@ def test_a_score_equals_loops(case) -> None:
             if ids:
                 followed += len(set(nodes)) - 1
                 at = nodes[0] * (R // N) + at % (R // N)
-    per = sample.shape[0] * sample.shape[1]
+    per = len(sample) * len(routes.experts)
     assert (told.prefill, told.decode) == (pytest.approx(prefill), decode)
     assert told.imbalance == pytest.approx(np.mean(ratios))
     assert (told.crossings, told.following) == (pytest.approx(crossed / per), pytest.approx(followed / 2 / per))
@@ -179,21 +187,31 @@ def test_concentrate_is_close_to_the_best_matching() -> None:
     assert best <= ours <= 1.03 * best
 
 
-@pytest.mark.parametrize("kind", ["steady", "drifting", "bursty"])
-@pytest.mark.parametrize("zipf", [0.6, 1.4])
-def test_no_plan_is_worse_than_eplb_on_its_own_window(zipf, kind) -> None:
-    cluster = Cluster(2, 4, 5)
-    for aim, tokens in ((Aim(crossings=0), 256), (Aim(0, 1, 0), 24)):
-        routes = Source(32, 4, 2, zipf, kind, tokens, 16).routes()
-        ours, theirs = costs(plan(routes, cluster, aim), routes, aim), []
-        for layer in range(2):
-            copies_RE = eplb(routes.loads_SLE[:, layer].sum(0), 40, 2, 8)
-            slots_RC = [np.flatnonzero(row).tolist() for row in copies_RE]
-            filled = np.array([[row + [-1] * (5 - len(row)) for row in slots_RC]])
-            theirs += costs(Placement(filled, (32,), 2), routes.layers([layer]), aim).tolist()
-        # In decode the search has no say, so a layer alone may lose a little.
-        assert ours.sum() <= sum(theirs) + 1e-9
-        assert aim.activated or (ours <= np.array(theirs) + 1e-9).all()
+def beside_eplb(zipf: float, kind: str, aim: Aim, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each layer costs in the window of both plans: ours, and EPLB's with our choice of copies."""
+    routes = Source(32, 4, 2, zipf, kind, tokens, 16).routes()
+    theirs = []
+    for layer in range(2):
+        copies_RE = eplb(routes.loads_SLE[:, layer].sum(0), 40, 2, 8)
+        rows = [np.flatnonzero(row).tolist() for row in copies_RE]
+        filled = np.array([[row + [-1] * (5 - len(row)) for row in rows]])
+        theirs.append(costs(Placement(filled, (32,), 2), routes.layers([layer]), aim)[0])
+    return costs(plan(routes, Cluster(2, 4, 5), aim), routes, aim), np.array(theirs)
+
+
+KINDS = [(zipf, kind) for zipf in (0.6, 1.4) for kind in ("steady", "drifting", "bursty")]
+
+
+@pytest.mark.parametrize(("zipf", "kind"), KINDS)
+def test_no_plan_for_prefill_is_worse_than_eplb_on_its_own_window(zipf, kind) -> None:
+    ours, theirs = beside_eplb(zipf, kind, Aim(crossings=0), 256)
+    assert (ours <= theirs + 1e-9).all()
+
+
+def test_plans_for_decode_are_better_than_eplb_on_average() -> None:
+    """Single layers can be worse: there the planner evens out chances and does not search."""
+    pairs = [beside_eplb(zipf, kind, Aim(0, 1, 0), 24) for zipf, kind in KINDS]
+    assert sum(ours.sum() for ours, _ in pairs) < sum(theirs.sum() for _, theirs in pairs)
 
 
 def test_crossing_less_is_planned_for() -> None:
