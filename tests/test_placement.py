@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from coterie.benchmarks.placement_peers import eplb
 from coterie.benchmarks.placement_routes import Source
 from coterie.infer.placement import Cluster, Placement, moved, round_robin
-from coterie.infer.placement_moves import align, follow, match
+from coterie.infer.placement_moves import adopt, align, follow, match
 from coterie.infer.placement_plan import plan
 from coterie.infer.placement_score import DECODE, PREFILL, Aim, costs, score
 from coterie.infer.replicas import concentrate, spread
@@ -139,10 +139,10 @@ def test_spread_is_local_balanced_and_holds_the_expert(seed, nodes, ranks) -> No
         assert served[~held_RE[:, e]].sum() == 0
         assert served[holders].max() - served[holders].min() <= 1
         assert (target_PE[holders, e] == holders).all()
-        for p in range(P):  # who crosses to another node found none of its own with room
-            mine = [h for h in holders if h // ranks == p // ranks]
-            if mine and target_PE[p, e] // ranks != p // ranks:
-                assert min(served[h] for h in mine) >= P // len(holders)
+        for p in range(P):  # who crosses to another node found its own node's copies taken by that node's ranks
+            if target_PE[p, e] // ranks != p // ranks:
+                mine = [h for h in holders if h // ranks == p // ranks]
+                assert all(q // ranks == p // ranks for q in range(P) if target_PE[q, e] in mine)
 
 
 @QUICK
@@ -235,6 +235,17 @@ def test_nodes_are_named_so_that_tokens_stay() -> None:
     named, other = (plan(routes, cluster, Aim(crossings=2, follow=f)) for f in (True, False))
     assert score(named, routes).following < 0.25 < score(other, routes).following
     np.testing.assert_allclose(costs(named, routes, Aim()), costs(other, routes, Aim()))
+
+
+def test_layers_that_win_the_most_for_a_copy_come_first() -> None:
+    present = Placement(np.array([[[0], [1]]] * 4), (2,) * 4)
+    fresh = Placement(np.array([[[1], [0]]] * 4), (2,) * 4)
+    before, after = np.array([4.0, 4.0, 4.0, 4.0]), np.array([3.0, 5.0, 1.0, 4.0])
+
+    def taken(moves: int | None) -> list[int]:
+        return np.flatnonzero(moved(present, adopt(present, fresh, before, after, moves))).tolist()
+
+    assert [taken(moves) for moves in (None, 4, 3, 2, 1)] == [[0, 2], [0, 2], [2], [2], []]
 
 
 def test_aligning_finds_the_present_again() -> None:
