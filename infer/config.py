@@ -64,6 +64,9 @@ class EngineConfig:
     """Prompt tokens that may wait."""
     max_step_tokens: int = 0
     """Tokens of one step under any policy; 0: 8192."""
+    generation_config: bool = True
+    """Sample as the model's generation_config.json says (temperature, top_k, top_p, min_p, repetition_penalty) where
+    a request says nothing. Its ends of a text count in any case."""
     seed: int = 0
     """Of requests that bring none: over 0, the same order of requests gives the same texts; 0: no seed is known."""
 

@@ -40,6 +40,7 @@ class Core:
         drafter: what guesses tokens ahead, None for nothing.
         times: of steps, where they were measured for the budget.
         budget: tokens of a step under splitfuse.
+        overlaps: whether clients are told of a step while the next one computes.
     """
 
     def __init__(
@@ -72,7 +73,20 @@ class Core:
         )
         most = config.max_step_tokens or STEP
         self.times, self.budget = self._measured(most)
-        settings = SchedulerConfig(
+        self.scheduler = Scheduler(self._settings(model, most, max_model_len, eos_ids), self.pool)
+        self.lock = threading.RLock()
+        self.hooks: tuple[Hook, ...] = ()
+        self.live: dict[Key, Live] = {}
+        self._states, self._guesses = dict[Key, SampleState](), dict[Key, Guess]()
+        self._flight: Step | None = None
+        self._stumbled = False
+        self._told = list[tuple[Sequence[Event], Ran | None, dict[Key, str]]]()
+        self._generated = 0  # tokens told since the last report
+        self.overlaps = weight.device.type != "cpu"
+
+    def _settings(self, model: GPT, most: int, max_model_len: int, eos_ids: tuple[int, ...]) -> SchedulerConfig:
+        config = self.config
+        return SchedulerConfig(
             policy=config.policy,
             budget=self.budget,
             max_step_tokens=most,
@@ -83,14 +97,6 @@ class Core:
             eos_ids=eos_ids,
             vocabulary=model.config.vocab_size,
         )
-        self.scheduler = Scheduler(settings, self.pool)
-        self.lock = threading.RLock()
-        self.hooks: tuple[Hook, ...] = ()
-        self.live: dict[Key, Live] = {}
-        self._states: dict[Key, SampleState] = {}
-        self._guesses: dict[Key, Guess] = {}
-        self._flight: Step | None = None
-        self._stumbled = False
 
     def _measured(self, most: int) -> tuple[StepTimes | None, int | Budget]:
         """The times of steps, where the budget follows from them, and the budget."""
@@ -129,8 +135,9 @@ class Core:
                 scheduler.rollback(self._flight)
             events = [event for id in aborted() for event in scheduler.abort(id)]
             self._flight = step = scheduler.schedule(time.monotonic()) if scheduler.busy else None
-        self._deliver(events if step is None else [*events, *step.expired])
+        self._hand(events if step is None else [*events, *step.expired])
         if step is None:
+            self._deliver()
             return bool(events)
         ran = self._run(step)
         if ran is None:
@@ -139,24 +146,32 @@ class Core:
         with self.lock:
             self._flight = None
             events = scheduler.commit(step, ran.results)
-        generated = self._deliver(events, ran)
+        self._hand(events, ran)
         if self.drafter is not None:
             self._draft(step)
+        self._observe(step, time.perf_counter() - started)
+        if report is not None:
+            self._tell(report(self._generated, time.perf_counter() - started))
+            self._generated = 0
+        return True
+
+    def _observe(self, step: Step, seconds: float) -> None:
+        """Lets the budget learn how long a step took."""
         if self.times is not None and step.slices:
             chosen = [piece for piece in step.slices if piece.wants_logits]
             context = sum(piece.start for piece in chosen if len(piece.tokens) == 1 + piece.drafts)
-            self.times.observe(step.tokens, len(chosen), context, time.perf_counter() - started)
-        if report is not None:
-            self._tell(report(generated, time.perf_counter() - started))
-        return True
+            self.times.observe(step.tokens, len(chosen), context, seconds)
 
     def _run(self, step: Step) -> Ran | None:
         """None: the pass failed, and its sequences will compute again. Failing twice in a row is for good."""
         try:
             if not step.slices:
+                self._deliver()
                 return Ran()
             self._guarded(lambda drafter: drafter.follow(step))
-            ran = self.runner.run(step, self._states, guesses=self._guesses, loads=bool(self.hooks))
+            end = self.runner.start(step, self._states, guesses=self._guesses, loads=bool(self.hooks))
+            self._deliver()
+            ran = end()
         except Exception:
             with self.lock:
                 self._flight = None
@@ -169,21 +184,38 @@ class Core:
         self._stumbled = False
         return ran
 
-    def _deliver(self, events: Sequence[Event], ran: Ran | None = None) -> int:
-        """Hands out what happened; returns the number of tokens. What fails here fails for one sequence."""
-        generated = 0
+    def _hand(self, events: Sequence[Event], ran: Ran | None = None) -> None:
+        """Takes what happened into the sequences' states, and tells the clients: at once, or where a GPU computes,
+        while it is at the next step."""
+        failed = {}
         for event in events:
+            live = self.live.get(event.key)
+            if live is None or event.finish is not None:
+                continue
+            try:
+                live.state.take(event.tokens)
+            except Exception as error:
+                log.exception("request %s failed", event.key[0])
+                failed[event.key] = f"its text could not be made: {type(error).__name__}"
+        self._told.append((events, ran, failed))
+        if not (self.overlaps and self.scheduler.busy):
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Tells the clients what was handed on. What fails here fails for one sequence."""
+        told, self._told = self._told, []
+        for event, ran, failed in ((event, ran, failed) for events, ran, failed in told for event in events):
             live = self.live.get(event.key)
             if live is None:
                 continue
+            why = failed.get(event.key)
             try:
-                delta = live.advance(event, None if ran is None else ran.told.get(event.key))
+                delta = live.fail(why) if why else live.advance(event, ran and ran.told.get(event.key))
             except Exception as error:
                 log.exception("request %s failed", event.key[0])
                 delta = live.fail(f"its text could not be made: {type(error).__name__}")
-            generated += len(delta.tokens)
+            self._generated += len(delta.tokens)
             self._emit(live, delta, ended=event.finish is not None)
-        return generated
 
     def _emit(self, live: Live, delta: Delta, ended: bool) -> None:
         """ended: the scheduler knows already that it has."""

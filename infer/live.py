@@ -38,8 +38,8 @@ class Live:
         return self.request.key
 
     def advance(self, event: Event, told: Told | None = None) -> Delta:
-        """What an event means to the client. A stop string may end the sequence where the event did not; tokens after
-        it are not told."""
+        """What an event, whose tokens `state` has taken, means to the client. A stop string may end the sequence
+        where the event did not; tokens after it are not told."""
         text, count, finish = "", len(event.tokens), event.finish
         stop: str | int | None = None if event.stop_token is None else self.stops.get(event.stop_token)
         spoken = event.tokens if event.stop_token is None else event.tokens[:-1]
@@ -51,8 +51,7 @@ class Live:
                     break
             if finish is not None:
                 text += self.text.finish()
-        if finish is None:
-            self.state.take(event.tokens)
+        prompt = self.state.prompt if count and not self.told else None
         self.told += count
         logprobs, routes = (told.logprobs[:count], told.routes[:count]) if told is not None else ((), ())
         return Delta(
@@ -67,6 +66,7 @@ class Live:
             self.told,
             self.request.cached,
             max(0.0, (self.request.started or self.request.arrival) - self.request.arrival),
+            () if prompt is None else tuple(prompt.told),
         )
 
     def fail(self, why: str) -> Delta:
@@ -106,6 +106,7 @@ class BestOf:
 def _joined(parts: Sequence[Delta]) -> Delta:
     return replace(
         parts[-1],
+        prompt_logprobs=parts[0].prompt_logprobs,
         text="".join(part.text for part in parts),
         tokens=tuple(token for part in parts for token in part.tokens),
         logprobs=tuple(one for part in parts for one in part.logprobs),

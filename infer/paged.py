@@ -150,33 +150,11 @@ class PagedCache:
         Raises:
             ValueError: no slice, one without a token, with too few blocks, or with a block that the pool lacks.
         """
-        pool = self.pool
-        for piece in slices:
-            if not piece.tokens or piece.start < 0 or len(piece.blocks) * pool.size < piece.start + len(piece.tokens):
-                raise ValueError(
-                    f"{len(piece.tokens)} tokens from position {piece.start} do not lie in "
-                    f"{len(piece.blocks)} blocks of {pool.size}"
-                )
-        if not slices:
-            raise ValueError("a step without a slice computes nothing")
-        table = _table(slices)
-        if not 0 <= int(table.min()) <= int(table.max()) < pool.blocks:
-            raise ValueError(f"a table names block {int(table.max())}, but the pool has {pool.blocks}")
-        longs = array("q", chain.from_iterable(piece.tokens for piece in slices))
-        total = len(longs)
-        lengths = array("i", [piece.start + len(piece.tokens) for piece in slices])
-        starts = array("i", accumulate((len(piece.tokens) for piece in slices), initial=0))
-        if total == len(slices):
-            longs.extend([piece.start for piece in slices])
-        else:
-            longs.extend(chain.from_iterable(range(p.start, p.start + len(p.tokens)) for p in slices))
-        for piece in slices:
-            longs.extend(_slots(piece, pool.size))
-        all_3T = torch.frombuffer(longs, dtype=torch.int64).view(3, total).to(pool.device)
-        starts_N1, lengths_N = (torch.frombuffer(x, dtype=torch.int32).to(pool.device) for x in (starts, lengths))
-        tables_NM = torch.from_numpy(table).to(pool.device)
-        widest = max(len(piece.tokens) for piece in slices)
-        self.ragged = Ragged(tables_NM, starts_N1, lengths_N, all_3T[2], max(lengths), widest)
+        all_3T, ragged = tables_of(slices, self.pool)
+        at = self.pool.device
+        all_3T = all_3T.to(at)
+        tables_NM, starts_N1, lengths_N = (t.to(at) for t in (ragged.tables_NM, ragged.starts_N1, ragged.lengths_N))
+        self.ragged = Ragged(tables_NM, starts_N1, lengths_N, all_3T[2], ragged.longest, ragged.widest)
         return all_3T[:1], all_3T[1:2]
 
     def attend(self, layer: int, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor) -> Tensor:
@@ -185,6 +163,39 @@ class PagedCache:
             raise ValueError(f"queries of shape {tuple(q_BSHd.shape)} are not those of the step that was begun")
         o_THd = store_and_attend(q_BSHd[0], k_BSGd[0], v_BSGd[0], self.pool.layer(layer), self.ragged)
         return o_THd[None]
+
+
+def tables_of(slices: Sequence[Slice], pool: KVPool) -> tuple[Tensor, Ragged]:
+    """Tokens, positions and slots of a step, int64 (3, T), and its tables, all on the host.
+
+    Raises:
+        ValueError: what `PagedCache.begin` says.
+    """
+    for piece in slices:
+        if not piece.tokens or piece.start < 0 or len(piece.blocks) * pool.size < piece.start + len(piece.tokens):
+            raise ValueError(
+                f"{len(piece.tokens)} tokens from position {piece.start} do not lie in "
+                f"{len(piece.blocks)} blocks of {pool.size}"
+            )
+    if not slices:
+        raise ValueError("a step without a slice computes nothing")
+    table = _table(slices)
+    if not 0 <= int(table.min()) <= int(table.max()) < pool.blocks:
+        raise ValueError(f"a table names block {int(table.max())}, but the pool has {pool.blocks}")
+    longs = array("q", chain.from_iterable(piece.tokens for piece in slices))
+    total = len(longs)
+    lengths = array("i", [piece.start + len(piece.tokens) for piece in slices])
+    starts = array("i", accumulate((len(piece.tokens) for piece in slices), initial=0))
+    if total == len(slices):
+        longs.extend([piece.start for piece in slices])
+    else:
+        longs.extend(chain.from_iterable(range(p.start, p.start + len(p.tokens)) for p in slices))
+    for piece in slices:
+        longs.extend(_slots(piece, pool.size))
+    all_3T = torch.frombuffer(longs, dtype=torch.int64).view(3, total)
+    starts_N1, lengths_N = (torch.frombuffer(x, dtype=torch.int32) for x in (starts, lengths))
+    widest = max(len(piece.tokens) for piece in slices)
+    return all_3T, Ragged(torch.from_numpy(table), starts_N1, lengths_N, all_3T[2], max(lengths), widest)
 
 
 def _table(slices: Sequence[Slice]) -> np.ndarray:

@@ -5,18 +5,21 @@ T tokens of a step, R rows that want logits, V vocabulary, L MoE layers, E exper
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..models.gpt import GPT
+from ..models.gpt import GPT, Output
+from .decodes import Decodes
 from .drafts import Guess
 from .memory import read_rate
 from .outputs import TokenLogprob
 from .paged import KVPool, PagedCache
+from .prompt_logprobs import prompt_rows, read_prompt_rows
 from .request import Key
 from .sample_state import GREEDY, SampleState
 from .sampling import Row, Sampled, SamplingBatch, sample_batch
@@ -78,11 +81,10 @@ class Runner:
 
     def __init__(self, model: GPT, pool: KVPool) -> None:
         self.model, self.config, self.pool = model.eval(), model.config, pool
-        self.cache = PagedCache(pool)
+        self.cache, self.decodes = PagedCache(pool), Decodes(self.model, pool)
         self.device = model.embed.weight.device
         self.memory_rate = read_rate(model)
 
-    @torch.inference_mode()
     def run(
         self,
         step: Step,
@@ -91,7 +93,19 @@ class Runner:
         guesses: Mapping[Key, Guess] | None = None,
         loads: bool = False,
     ) -> Ran:
-        """Computes a step.
+        """Computes a step: `start`, and its end."""
+        return self.start(step, states, guesses=guesses, loads=loads)()
+
+    @torch.inference_mode()
+    def start(
+        self,
+        step: Step,
+        states: Mapping[Key, SampleState] | None = None,
+        *,
+        guesses: Mapping[Key, Guess] | None = None,
+        loads: bool = False,
+    ) -> Callable[[], Ran]:
+        """Starts a step, and gives what waits for it: while a GPU computes, the host is free. Steps do not overlap.
 
         Args:
             step: its slices hold one token at least.
@@ -100,19 +114,36 @@ class Runner:
             loads: whether to count what each expert was asked for.
         """
         self.pool.copy(step.copies)
-        tokens_1T, positions_1T = self.cache.begin(step.slices)
         wanted = _wanted(step.slices, states or {}, guesses or {})
+        prompts = prompt_rows(step.slices, states or {})
         rows = [at for one in wanted for at in range(one.at, one.at + one.count)]
-        whole = len(rows) == tokens_1T.shape[1]  # nothing but decodes
-        rows_R = None if whole else torch.tensor(rows, dtype=torch.int64).to(self.device)
-        out = self.model(tokens_1T, positions_1T, cache=self.cache, rows_R=rows_R)
-        ran = Ran()
-        if wanted:
-            assert out.logits_BSV is not None
-            _choose(out.logits_BSV[0], wanted, out.routes, ran)
-        if loads:
-            ran.loads = self._loads(out.routes)
-        return ran
+        out = self._pass(step, rows + [at for one in prompts for at in one.at])
+        assert out.logits_BSV is not None
+        logits_RV, told_RV = out.logits_BSV[0].tensor_split([len(rows)])
+        read = _draw(logits_RV, wanted, out.routes) if wanted else None
+
+        def end() -> Ran:
+            ran = Ran()
+            with torch.inference_mode():
+                if prompts:
+                    read_prompt_rows(told_RV, prompts)
+                if read is not None:
+                    read(ran)
+                if loads:
+                    ran.loads = self._loads(out.routes)
+            return ran
+
+        return end
+
+    def _pass(self, step: Step, rows: list[int]) -> Output:
+        """The model on a step, with logits of these of its tokens."""
+        whole = rows == list(range(step.tokens))
+        out = self.decodes.run(step.slices) if whole else None
+        if out is None:
+            tokens_1T, positions_1T = self.cache.begin(step.slices)
+            rows_R = None if whole else torch.tensor(rows, dtype=torch.int64).to(self.device)
+            out = self.model(tokens_1T, positions_1T, cache=self.cache, rows_R=rows_R)
+        return out
 
     def _loads(self, routes: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
         if not routes:
@@ -141,43 +172,60 @@ def _wanted(
     return wanted
 
 
-def _choose(logits_RV: Tensor, wanted: list[_Wanted], routes: tuple[Tensor, ...], ran: Ran) -> None:
-    """All rows at once; where that raises, each sequence by itself, so that the one to blame fails alone."""
-    try:
-        _choose_together(logits_RV, wanted, routes, ran)
-    except Exception:
+class _Drawn:
+    """Tokens drawn for all rows; reading them waits for the device."""
+
+    def __init__(self, logits_RV: Tensor, wanted: list[_Wanted], routes: tuple[Tensor, ...]) -> None:
+        self.logits_RV, self.wanted, self.routes = logits_RV, wanted, routes
+        self.rows = [row for one in wanted for row in _rows(one)]
+        self.drawn = sample_batch(logits_RV, SamplingBatch(self.rows))
+
+    def read(self, ran: Ran) -> None:
+        """Puts what was drawn into `ran`."""
+        chosen = accept_drawn([one.drafts for one in self.wanted], self.drawn)
+        for i, one in enumerate(self.wanted):
+            if one.probs_DV is not None:
+                part_RV = self.logits_RV[one.first : one.first + one.count]
+                batch = SamplingBatch(self.rows[one.first : one.first + one.count])
+                chosen[i] = accept([one.drafts], part_RV, batch, one.probs_DV)[0]
+        ok = self.drawn.ok_B.tolist()
+        tell = _Teller(self.logits_RV, self.drawn, self.wanted, self.routes)
+        for one, tokens in zip(self.wanted, chosen, strict=True):
+            key, rows = one.piece.key, self.rows[one.first : one.first + one.count]
+            if not tokens or not all(ok[one.first : one.first + len(tokens)]):
+                bound = any(row.mask is not None or row.banned for row in rows)
+                ran.results[key] = Result(0, error=NOTHING_ALLOWED if bound else NOT_FINITE)
+                continue
+            accepted = len(tokens) - 1
+            ran.results[key] = Result(tokens[-1], accepted)
+            ran.drafted += len(one.drafts)
+            ran.accepted += accepted
+            if one.state.routes or one.state.settings.logprobs is not None:
+                ran.told[key] = tell(one, tokens)
+
+
+def _draw(logits_RV: Tensor, wanted: list[_Wanted], routes: tuple[Tensor, ...]) -> Callable[[Ran], None]:
+    """Draws all rows at once, and gives what reads them. Where either raises, each sequence is drawn by itself, so
+    that the one to blame fails alone."""
+    drawn = None
+    with contextlib.suppress(Exception):
+        drawn = _Drawn(logits_RV, wanted, routes)
+
+    def read(ran: Ran) -> None:
+        try:
+            if drawn is not None:
+                drawn.read(ran)
+                return
+        except Exception:
+            ran.results, ran.told, ran.drafted, ran.accepted = {}, {}, 0, 0
         for one in wanted:
-            alone = logits_RV[one.first : one.first + one.count]
-            one.first = 0
+            alone_RV, one.first = logits_RV[one.first : one.first + one.count], 0
             try:
-                _choose_together(alone, [one], routes, ran)
+                _Drawn(alone_RV, [one], routes).read(ran)
             except Exception as error:
                 ran.results[one.piece.key] = Result(0, error=f"its next token could not be chosen: {_brief(error)}")
 
-
-def _choose_together(logits_RV: Tensor, wanted: list[_Wanted], routes: tuple[Tensor, ...], ran: Ran) -> None:
-    rows = [row for one in wanted for row in _rows(one)]
-    drawn = sample_batch(logits_RV, SamplingBatch(rows))
-    chosen = accept_drawn([one.drafts for one in wanted], drawn)
-    for i, one in enumerate(wanted):
-        if one.probs_DV is not None:
-            part_RV = logits_RV[one.first : one.first + one.count]
-            batch = SamplingBatch(rows[one.first : one.first + one.count])
-            chosen[i] = accept([one.drafts], part_RV, batch, one.probs_DV)[0]
-    ok = drawn.ok_B.tolist()
-    tell = _Teller(logits_RV, drawn, wanted, routes)
-    for one, tokens in zip(wanted, chosen, strict=True):
-        key = one.piece.key
-        if not tokens or not all(ok[one.first : one.first + len(tokens)]):
-            bound = any(row.mask is not None or row.banned for row in rows[one.first : one.first + one.count])
-            ran.results[key] = Result(0, error=NOTHING_ALLOWED if bound else NOT_FINITE)
-            continue
-        accepted = len(tokens) - 1
-        ran.results[key] = Result(tokens[-1], accepted)
-        ran.drafted += len(one.drafts)
-        ran.accepted += accepted
-        if one.state.routes or one.state.settings.logprobs is not None:
-            ran.told[key] = tell(one, tokens)
+    return read
 
 
 def _rows(one: _Wanted) -> list[Row]:

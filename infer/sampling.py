@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..kernels.argmax import argmax
 from .counter import SAMPLE, uniform
 from .penalties import History, ban_, bias_, mask_, penalise_, penalised
 from .request import SamplingParams
@@ -99,14 +100,15 @@ class SamplingBatch:
         return uniform(seeds_R, positions_R, draw)[:, None]
 
     def scores(self, logits_BV: Tensor) -> Tensor:
-        """Logits after penalties, bias, bans and masks, in this order, float32; the logits stay as they are."""
+        """Logits after penalties, bias, bans and masks, in this order, float32; the logits themselves, of whatever
+        type, where nothing changes them."""
         told = list(enumerate(self.rows))
         lowered = [(i, r.settings, r.history, r.drafts) for i, r in told if r.history and penalised(r.settings)]
         biased = [(i, r.settings.logit_bias) for i, r in told if r.settings.logit_bias]
         banned = [(i, r.banned) for i, r in told if r.banned]
         masked = [(i, r.mask) for i, r in told if r.mask is not None]
         if not (lowered or biased or banned or masked):
-            return logits_BV.float()
+            return logits_BV
         scores_BV = logits_BV.to(torch.float32, copy=True)
         penalise_(scores_BV, lowered)
         bias_(scores_BV, biased)
@@ -131,8 +133,7 @@ def sample_batch(logits_BV: Tensor, batch: SamplingBatch) -> Sampled:
         raise ValueError(f"logits of shape {list(logits_BV.shape)} do not fit {size} rows of 1 to {MOST} tokens")
     scores_BV = batch.scores(logits_BV)
     if len(batch.greedy) == size:
-        ids_B = scores_BV.argmax(dim=-1)
-        best_B = scores_BV.gather(1, ids_B[:, None])[:, 0]
+        ids_B, best_B = argmax(scores_BV)
         drawn_B = torch.where(best_B.isfinite(), 0.0, math.nan)
     else:
         ids_B = torch.zeros(size, dtype=torch.int64, device=device)
@@ -157,13 +158,19 @@ def _told(logits_BV: Tensor, ids_B: Tensor, drawn_B: Tensor, batch: SamplingBatc
     if asked:
         rows_R = torch.tensor(list(asked), device=device)
         raw_RV = logits_BV.float() if len(asked) == size else logits_BV[rows_R].float()
-        sum_R1 = whole_numbers(raw_RV).sum(dim=-1, keepdim=True, dtype=torch.float64)
-        log_sum_R1 = raw_RV.amax(dim=-1, keepdim=True) + (sum_R1 / ONE).log().float()
-        logprobs_B[rows_R] = (raw_RV.gather(1, ids_B[rows_R, None]) - log_sum_R1)[:, 0]
-        if most:
-            best_RN, top_ids_BN[rows_R] = largest(raw_RV, most)
-            top_logprobs_BN[rows_R] = best_RN - log_sum_R1
+        logprobs_B[rows_R], top_ids_BN[rows_R], top_logprobs_BN[rows_R] = told_logprobs(raw_RV, ids_B[rows_R], most)
     return logprobs_B, drawn_B, top_ids_BN, top_logprobs_BN
+
+
+def told_logprobs(raw_RV: Tensor, ids_R: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ln of the probabilities of these tokens, (R,); the ids of the likeliest ones, (R, most), and theirs."""
+    sum_R1 = whole_numbers(raw_RV).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    log_sum_R1 = raw_RV.amax(dim=-1, keepdim=True) + (sum_R1 / ONE).log().float()
+    logprobs_R = (raw_RV.gather(1, ids_R[:, None]) - log_sum_R1)[:, 0]
+    if not most:
+        return logprobs_R, ids_R.new_zeros((len(ids_R), 0)), raw_RV.new_zeros((len(ids_R), 0))
+    best_RN, top_ids_RN = largest(raw_RV, most)
+    return logprobs_R, top_ids_RN, best_RN - log_sum_R1
 
 
 def draw(w_RK: Tensor, u_R1: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,8 +192,8 @@ def pools(scores_BV: Tensor, batch: SamplingBatch) -> Iterator[Pool]:
     """What each row may draw: rows, the ids of their candidates, ascending (None: all tokens), and whole-number
     weights, 0 for those that are cut. Every row is in one pool, alone or with others."""
     if batch.greedy:
-        best_R1, ids_R1 = _rows(scores_BV, batch.greedy).max(dim=-1, keepdim=True)
-        yield batch.greedy, ids_R1, torch.where(best_R1.isfinite(), ONE, math.nan)
+        ids_R, best_R = argmax(_rows(scores_BV, batch.greedy))
+        yield batch.greedy, ids_R[:, None], torch.where(best_R.isfinite(), ONE, math.nan)[:, None]
     step = max(1, _AT_ONCE // scores_BV.shape[1]) if scores_BV.device.type == "cpu" else len(scores_BV)
     for rows in (batch.whole, batch.cut):
         for first in range(0, len(rows), step):
@@ -195,7 +202,7 @@ def pools(scores_BV: Tensor, batch: SamplingBatch) -> Iterator[Pool]:
 
 def _part(scores_BV: Tensor, rows: list[int], truncated: bool, batch: SamplingBatch) -> Iterator[Pool]:
     warm_R1 = batch.column("temperature", rows, scores_BV.device).float()
-    scores_RV = _rows(scores_BV, rows)
+    scores_RV = _rows(scores_BV, rows).float()
     if not bool((warm_R1 == 1).all()):
         scores_RV = scores_RV / warm_R1
     if truncated:
@@ -230,7 +237,7 @@ def distribution(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
 def reference(logits_V: Tensor, row: Row) -> Tensor:
     """`distribution` of one row, plainly: everything sorted, nothing batched."""
     asked = row.settings
-    scores_V = SamplingBatch([row]).scores(logits_V[None])[0]
+    scores_V = SamplingBatch([row]).scores(logits_V[None])[0].float()
     if is_greedy(asked):
         return torch.nn.functional.one_hot(scores_V.argmax(), len(scores_V)).double()
     scores_V, ids_V = (scores_V / torch.tensor(asked.temperature)).sort(descending=True, stable=True)

@@ -74,6 +74,25 @@ def scale_by_sigmoid_(x_TD: Tensor, logits_T1: Tensor) -> Tensor:
     return x_TD
 
 
+def mix_(y_TD: Tensor, residual_TD: Tensor, logits_T2: Tensor) -> Tensor:
+    """c_0 * y + c_1 * residual with c = softmax(logits), of a y that nobody else needs: where inference runs on a
+    CPU it is written to y, and c is not rounded."""
+    alike = y_TD.dtype == residual_TD.dtype == logits_T2.dtype and y_TD.shape == residual_TD.shape
+    if not (alike and native.ready(y_TD, residual_TD, logits_T2) and logits_T2.shape == (len(y_TD), 2)):
+        mix_T2 = logits_T2.softmax(-1, dtype=torch.float32).to(y_TD.dtype)
+        return torch.addcmul(y_TD * mix_T2[:, :1], residual_TD, mix_T2[:, 1:])
+    function = _mixes()[y_TD.dtype]
+    function(y_TD.data_ptr(), residual_TD.data_ptr(), logits_T2.data_ptr(), *y_TD.shape, torch.get_num_threads())
+    return y_TD
+
+
+@functools.cache
+def _mixes() -> dict[torch.dtype, Callable[..., None]]:
+    kinds = [c_void_p] * 3 + [c_long] * 2 + [c_int]
+    names = {torch.bfloat16: "mix_bf16", torch.float32: "mix_fp32"}
+    return {dtype: native.function(name, *kinds) for dtype, name in names.items()}
+
+
 @functools.cache
 def _scales() -> dict[torch.dtype, Callable[..., None]]:
     kinds = [c_void_p, c_void_p, c_long, c_long]

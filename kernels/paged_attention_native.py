@@ -5,10 +5,8 @@ T new tokens, H query heads, G key heads, d head width.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from array import array
-from collections.abc import Callable
+from ctypes import c_double, c_int, c_long, c_void_p
 
 import torch
 from torch import Tensor
@@ -64,30 +62,28 @@ def attend_native(
     out = torch.empty_like(q_THd)
     sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
     k, v = (_rows(x, q_THd.dtype) for x in new) if new is not None else (q_THd, q_THd)
-    call = array(
-        "q",
-        (
-            *(q_THd.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr()),
-            0 if kv.k_scale is None else kv.k_scale.data_ptr(),
-            0 if kv.v_scale is None else kv.v_scale.data_ptr(),
-            *(ragged.tables_NM.data_ptr(), ragged.starts_N1.data_ptr(), ragged.lengths_N.data_ptr()),
-            ragged.slots_T.data_ptr(),
-            0 if sinks_H is None else sinks_H.data_ptr(),
-            *(k.stride(0), v.stride(0), tokens, *ragged.tables_NM.shape, blocks, size),
-            *(heads, groups, width, window, torch.get_num_threads(), new is not None),
-        ),
+    failed = _kernel(f"attend_{_NAMES[q_THd.dtype]}_{_NAMES[kv.k.dtype]}")(
+        *(q_THd.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr()),
+        None if kv.k_scale is None else kv.k_scale.data_ptr(),
+        None if kv.v_scale is None else kv.v_scale.data_ptr(),
+        *(ragged.tables_NM.data_ptr(), ragged.starts_N1.data_ptr(), ragged.lengths_N.data_ptr()),
+        ragged.slots_T.data_ptr(),
+        None if sinks_H is None else sinks_H.data_ptr(),
+        *(k.stride(0), v.stride(0), tokens),
+        *(ragged.lengths_N.shape[0], ragged.tables_NM.stride(0), blocks, size),
+        *(heads, groups, width, window, torch.get_num_threads(), new is not None),
+        scale,
     )
-    bad = ctypes.c_int32(0)
-    kernel = _kernel(f"attend_{_NAMES[q_THd.dtype]}_{_NAMES[kv.k.dtype]}")
-    kernel(call.buffer_info()[0], scale, ctypes.addressof(bad))
-    if bad.value:
+    if failed:
         raise IndexError(f"a block table or a slot of this step is outside the {blocks} blocks of the cache")
     return out
 
 
 @functools.cache
-def _kernel(name: str) -> Callable[..., None]:
-    return native.function(name, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
+def _kernel(name: str) -> native.Function:
+    function = native.function(name, *[c_void_p] * 13, *[c_long] * 13, c_double)
+    function.restype = c_int
+    return function
 
 
 def _rows(x_TGd: Tensor, dtype: torch.dtype) -> Tensor:

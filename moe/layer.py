@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import native
-from ..kernels.gate_native import scale_by_sigmoid_
+from ..kernels.gate_native import mix_, scale_by_sigmoid_
 from ..kernels.linear import linear
 from ..kernels.norm_native import plus_
 from .config import MoEConfig
@@ -78,29 +78,29 @@ class MoE(nn.Module):
             losses=losses,
         )
         finish = self.dispatch.start(x_TD, routing)  # rows travel while the dense parts compute
-        mix_T2, residual_TD, shared_TD = self._beside(x_TD)
+        logits_T2, residual_TD, shared_TD = self._beside(x_TD)
         y_TD = finish(self.experts)
         rows = self.dispatch.rows(routing)
         if rows is not routing.stats.rows:
             routing = routing._replace(stats=routing.stats._replace(rows=rows))
-        if mix_T2 is not None and residual_TD is not None:
-            mix_T2 = mix_T2.to(y_TD.dtype)
-            y_TD = torch.addcmul(y_TD * mix_T2[:, :1], residual_TD, mix_T2[:, 1:])
+        if logits_T2 is not None and residual_TD is not None:
+            y_TD = mix_(y_TD, residual_TD, logits_T2)
         if shared_TD is not None:
             y_TD = plus_(y_TD, shared_TD)
         return MoEOutput(y_TD.view(x_BSD.shape), routing)
 
     def _beside(self, x_TD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What needs no expert: the residual's weights (T, 2) and answer, and the shared answer; None without."""
-        mix_T2 = residual_TD = shared_TD = None
+        """What needs no expert: logits (T, 2) of the residual's weights, its answer, the shared answer; None
+        without one."""
+        logits_T2 = residual_TD = shared_TD = None
         if self.residual is not None and self.coefficient is not None:
-            mix_T2 = _dense(self.coefficient, x_TD).softmax(-1, dtype=torch.float32)
+            logits_T2 = _dense(self.coefficient, x_TD)
             residual_TD = self.residual(x_TD)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             if self.shared_gate is not None:
                 shared_TD = scale_by_sigmoid_(shared_TD, _dense(self.shared_gate, x_TD))
-        return mix_T2, residual_TD, shared_TD
+        return logits_T2, residual_TD, shared_TD
 
 
 def _dense(layer: nn.Linear, x_TD: Tensor) -> Tensor:

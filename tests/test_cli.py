@@ -152,3 +152,14 @@ def test_import_of_the_layer_needs_torch_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_engine_starts_without_what_it_does_not_use() -> None:
+    """Each takes a third of a second and more to import."""
+    code = (
+        "import sys, coterie.infer.engine\n"
+        "late = ('torch.distributed.tensor', 'transformers', 'megatron', 'llguidance')\n"
+        "sys.exit(', '.join(name for name in late if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -252,7 +252,7 @@ def test_text_that_cannot_be_made_ends_its_request_alone(monkeypatch: pytest.Mon
 def test_a_step_that_fails_once_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     served = engine()
     clients = [ask(served, prompt(n, n), n=2, temperature=1.0, seed=5) for n in (3, 30, 90)]
-    run, calls = served.core.runner.run, 0
+    run, calls = served.core.runner.start, 0
 
     def shaky(*args, **kwargs):
         nonlocal calls
@@ -262,7 +262,7 @@ def test_a_step_that_fails_once_is_computed_again(monkeypatch: pytest.MonkeyPatc
             raise MemoryError("not now")
         return ran
 
-    monkeypatch.setattr(served.core.runner, "run", shaky)
+    monkeypatch.setattr(served.core.runner, "start", shaky)
     drain(served)
     for n, client in zip((3, 30, 90), clients, strict=True):
         for i in range(2):
@@ -277,7 +277,7 @@ def test_an_engine_that_dies_tells_everybody(monkeypatch: pytest.MonkeyPatch) ->
     served = engine()
     clients = [ask(served, prompt(9), n=2), ask(served, prompt(4))]
     served.step()
-    monkeypatch.setattr(served.core.runner, "run", _broken)
+    monkeypatch.setattr(served.core.runner, "start", _broken)
     served.step()
     with pytest.raises(RuntimeError, match="the device is lost"):
         served.step()
@@ -295,15 +295,15 @@ def test_an_interrupt_between_steps_loses_nothing(monkeypatch: pytest.MonkeyPatc
     served = engine()
     client = ask(served, prompt(20))
     served.step()
-    run = served.core.runner.run
+    run = served.core.runner.start
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(served.core.runner, "run", interrupted)
+    monkeypatch.setattr(served.core.runner, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         served.step()
-    monkeypatch.setattr(served.core.runner, "run", run)
+    monkeypatch.setattr(served.core.runner, "start", run)
     drain(served)
     assert client.tokens() == recomputed(prompt(20))
 
@@ -441,3 +441,33 @@ def test_a_client_never_hears_of_another() -> None:
     drain(served)
     for id, client in clients.items():
         assert {delta.key[0] for parts in client.deltas.values() for delta in parts} == {id}
+
+
+def test_clients_are_told_while_the_next_step_computes() -> None:
+    """A stop string is then found when the sequence is in a step already: its token is lost and nothing else."""
+
+    def ended(overlaps: bool) -> tuple[list[str], list[list[int]]]:
+        served = engine(text=True, budget=20)
+        served.core.overlaps = overlaps
+        whole = ask(served, prompt(8), 40)
+        drain(served)
+        stops = [whole.text()[start : start + 3] for start in (4, 9, 15)]
+        clients = [ask(served, prompt(8), 40, stop=(stop,)) for stop in stops] + [ask(served, prompt(30), 9)]
+        drain(served)
+        assert [client.finish() for client in clients] == ["stop"] * 3 + ["length"]
+        return [client.text() for client in clients], [client.tokens() for client in clients]
+
+    assert ended(True) == ended(False)
+
+
+def test_clients_are_told_when_no_step_follows() -> None:
+    served = engine()
+    served.core.overlaps = True
+    client = ask(served, prompt(5), 3)
+    served.start()
+    end = time.monotonic() + 30
+    while client.finish() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    served.stop()
+    assert client.finish() == "length"
+    assert len(client.tokens()) == 3

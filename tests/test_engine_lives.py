@@ -206,7 +206,7 @@ def test_a_thread_that_dies_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatc
     def fails(*_, **__):
         raise RuntimeError("lost")
 
-    monkeypatch.setattr(served.core.runner, "run", fails)
+    monkeypatch.setattr(served.core.runner, "start", fails)
     served.start()
     served.submit(prompt(9), SamplingParams(), lambda delta: (client(delta), done.set()))
     assert done.wait(30)

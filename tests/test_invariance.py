@@ -97,6 +97,19 @@ def test_a_pool_too_small_for_all(cached: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_recorded_steps_and_clients_told_meanwhile(overlaps: bool, recorded: bool, dtype: torch.dtype) -> None:
+    served = engine(budget=40, dtype=dtype)
+    served.core.overlaps = overlaps
+    served.core.runner.decodes.why_not = None if recorded else "switched off"
+    clients = _asked(served)
+    drain(served)
+    _check(clients, dtype)
+    assert bool(served.core.runner.decodes._recordings) == recorded
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_preemption_at_every_step(dtype: torch.dtype) -> None:
     """Every other one, and of everything time after time."""
     for victim in (*range(0, 30, 2), None):

@@ -9,8 +9,9 @@ from helpers import assert_close_rms
 from torch import Tensor
 
 from coterie.kernels import backend, gate_native, native, norm_native
+from coterie.kernels.argmax import argmax
 from coterie.kernels.gate import gate
-from coterie.kernels.gate_native import scale_by_sigmoid_
+from coterie.kernels.gate_native import mix_, scale_by_sigmoid_
 from coterie.kernels.linear import linear
 from coterie.kernels.rmsnorm import rms_norm, rms_norm_add
 from coterie.kernels.rope import rope_both_, rope_reference, rope_table
@@ -254,6 +255,25 @@ def test_scaling_by_a_sigmoid(dtype: torch.dtype) -> None:
     assert scale_by_sigmoid_(x.double(), logits.double()) is not x
 
 
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("size", [1, 17, 33])
+def test_residual_is_mixed(dtype: torch.dtype, size: int) -> None:
+    y, residual, logits = (_random(70, n, dtype=dtype) for n in (size, size, 2))
+    logits *= 5
+    share = logits.double().softmax(-1)
+    want = y.double() * share[:, :1] + residual.double() * share[:, 1:]
+    alone = torch.cat([mix_(y[i : i + 1].clone(), residual[i : i + 1], logits[i : i + 1]) for i in range(70)])
+    got = mix_(y, residual, logits)
+    assert got is y
+    assert torch.equal(got, alone)
+    assert_close_rms(got, want, ROUNDING[dtype])
+    assert_close_rms(
+        mix_(y.double(), residual.double(), logits.double()),
+        y.double() * share[:, :1] + residual.double() * share[:, 1:],
+        1e-6,
+    )
+
+
 def test_mixed_dtypes_are_left_to_torch() -> None:
     x = torch.randn(3, 8).bfloat16()
     assert not norm_native.ready(x, torch.ones(8))
@@ -262,3 +282,16 @@ def test_mixed_dtypes_are_left_to_torch() -> None:
     assert norm_native.ready(x, x[0], x[1], x)
     assert not gate_native.ready(x, torch.ones(4, 8).bfloat16(), None)
     assert gate(torch.randn(3, 4), 2).ids_TK.shape == (3, 2)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("size", [1, 7, 16, 1024, 1025, 5003])
+def test_argmax_is_the_first_of_the_largest(dtype: torch.dtype, size: int, threads: int) -> None:
+    x = torch.randint(-9, 9, (40, size)).to(dtype)
+    x[3] = -torch.inf
+    x[4, size // 2] = torch.inf
+    x[5, size // 3 :] = torch.nan
+    ids, best = argmax(x)
+    want = x.float().amax(-1)
+    assert torch.equal(ids, x.float().argmax(-1))
+    assert torch.equal(best.nan_to_num(7.25), want.nan_to_num(7.25))

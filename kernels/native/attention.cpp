@@ -7,13 +7,12 @@
 
 #include "attention.h"
 
-// What the caller passes, as one array of 64-bit numbers: see kernels/paged_attention_native.py.
 struct Call {
     const void *q, *k_new, *v_new;
     void *out, *k, *v, *k_scale, *v_scale;
     const int32_t *tables, *starts, *lengths;
     const int64_t *slots;
-    const float *sinks;  // null: none
+    const float *sinks;          // null: none
     int64_t k_stride, v_stride;  // numbers from a new token to the next
     int64_t tokens, sequences, columns, blocks, size, heads, groups, d, window, threads, stores;
 };
@@ -164,6 +163,7 @@ template <class X, class K, class C> struct Layer {
         s.total.clear(rows, padded);
         long slot[TILE], ahead[TILE];
         float total[ROWS] = {};
+        bool first = true;  // nobody has asked for the first tile yet
         for (int64_t part = u.from; part < u.to; part++) {
             s.part.clear(rows, padded);
             int64_t start = std::max(part * PART, begin / TILE * TILE), stop = std::min((part + 1) * PART, end);
@@ -173,6 +173,9 @@ template <class X, class K, class C> struct Layer {
                     bad = true;
                     return;
                 }
+                if (first)
+                    for (int g = 0; g < u.groups; g++) fetch(u.group + g, slot, next - start);
+                first = false;
                 for (int g = 0; g < u.groups; g++) {
                     fetch(u.group + g, ahead, last - next);
                     tile(s, u, g, start, slot);
@@ -254,15 +257,24 @@ template <class X, class K, class C> struct Layer {
     }
 };
 
-template <class X, class K, class C> static void attend(const Call &a, double scale, int32_t *bad) {
+// 0, or 1 where a table or a slot is outside the cache.
+template <class X, class K, class C> static int attend(const Call &a, double scale) {
     Layer<X, K, C> layer(a, scale);
     layer.all_of_it();
-    *bad = layer.bad;
+    return layer.bad;
 }
 
 #define ATTEND(NAME, X, K, C)                                                                                         \
-    extern "C" void attend_##NAME(const void *call, double scale, void *bad) {                                        \
-        attend<X, K, C>(*(const Call *)call, scale, (int32_t *)bad);                                                  \
+    extern "C" int attend_##NAME(const void *q, const void *k_new, const void *v_new, void *out, void *k, void *v,    \
+                                 void *k_scale, void *v_scale, const void *tables, const void *starts,                \
+                                 const void *lengths, const void *slots, const void *sinks, long k_stride,            \
+                                 long v_stride, long tokens, long sequences, long columns, long blocks, long size,    \
+                                 long heads, long groups, long d, long window, long threads, long stores,             \
+                                 double scale) {                                                                      \
+        Call call = {q, k_new, v_new, out, k, v, k_scale, v_scale, (const int32_t *)tables, (const int32_t *)starts,  \
+                     (const int32_t *)lengths, (const int64_t *)slots, (const float *)sinks, k_stride, v_stride,      \
+                     tokens, sequences, columns, blocks, size, heads, groups, d, window, threads, stores};            \
+        return attend<X, K, C>(call, scale);                                                                          \
     }
 
 ATTEND(bf16_bf16, bf16, bf16, bf16)

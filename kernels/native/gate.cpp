@@ -111,5 +111,26 @@ extern "C" void scale_fp32(void *x, const void *logits, long T, long D) {
     scale((float *)x, (const float *)logits, T, D);
 }
 
+// y_t = c_0 y_t + c_1 r_t of rows (T, D), with c the softmax of two logits.
+template <class X> static void mix(X *y, const X *r, const X *logits, long T, long D, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (T * D > 1 << 16)
+    for (long t = 0; t < T; t++) {
+        float second = 1.0f / (1.0f + std::exp(widen(logits[2 * t]) - widen(logits[2 * t + 1])));
+        vec c = all(1.0f - second), e = all(second);
+        X *to = y + t * D;
+        for (long d = 0; d < D; d += LANES) {
+            long n = D - d < LANES ? D - d : LANES;
+            store_part(to + d, fma(load_part(to + d, n), c, mul(load_part(r + t * D + d, n), e)), n);
+        }
+    }
+}
+
+extern "C" void mix_bf16(void *y, const void *r, const void *logits, long T, long D, int threads) {
+    mix((bf16 *)y, (const bf16 *)r, (const bf16 *)logits, T, D, threads);
+}
+extern "C" void mix_fp32(void *y, const void *r, const void *logits, long T, long D, int threads) {
+    mix((float *)y, (const float *)r, (const float *)logits, T, D, threads);
+}
+
 GATE(gate_bf16, bf16)
 GATE(gate_fp32, float)
