@@ -41,13 +41,13 @@ class _Model:
         """scipy's result.
 
         Raises:
-            RuntimeError: scipy is not installed.
+            ModuleNotFoundError: scipy is not installed.
         """
         try:
             from scipy.optimize import Bounds, LinearConstraint, milp
             from scipy.sparse import csr_array
         except ImportError as error:
-            raise RuntimeError("the exact planner needs scipy: pip install 'coterie[plan]'") from error
+            raise ModuleNotFoundError("the exact planner needs scipy: pip install 'coterie[plan]'") from error
         entries = [(i, v, c) for i, (terms, _, _) in enumerate(self.rows) for v, c in terms]
         i, v, c = zip(*entries, strict=True)
         matrix = csr_array((c, (i, v)), shape=(len(self.rows), len(self.cost)))

@@ -64,15 +64,19 @@ def _changes(held_RE: np.ndarray) -> np.ndarray:
     flips: list[list[tuple[int, int]]] = []
     spare_E = held_RE.sum(0) > 1
     for r, mine in enumerate(held_RE):
-        flips += [[(r, e), (r, f)] for e in np.flatnonzero(mine & spare_E) for f in np.flatnonzero(~mine)]
+        flips += [[(r, e), (r, f)] for e in _places(mine & spare_E) for f in _places(~mine)]
     for r, q in combinations(range(len(held_RE)), 2):
-        mine, theirs = np.flatnonzero(held_RE[r] & ~held_RE[q]), np.flatnonzero(held_RE[q] & ~held_RE[r])
+        mine, theirs = _places(held_RE[r] & ~held_RE[q]), _places(held_RE[q] & ~held_RE[r])
         flips += [[(r, e), (r, f), (q, e), (q, f)] for e in mine for f in theirs]
     tried_MRE = np.repeat(held_RE[None], len(flips), 0)
     which = np.repeat(np.arange(len(flips)), [len(f) for f in flips])
     at = np.array([place for f in flips for place in f], np.int64).reshape(-1, 2)
     tried_MRE[which, at[:, 0], at[:, 1]] ^= True
     return tried_MRE
+
+
+def _places(flags_E: np.ndarray) -> list[int]:
+    return np.flatnonzero(flags_E).tolist()
 
 
 def _cost(

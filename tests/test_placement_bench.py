@@ -106,7 +106,7 @@ def test_without_scipy_the_extra_is_named(monkeypatch) -> None:
         return real(name, *more, **how)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(RuntimeError, match=r"pip install 'coterie\[plan\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'coterie\[plan\]'"):
         exact(np.ones((1, 2)), 2, 1, "prefill")
 
 
