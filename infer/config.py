@@ -51,6 +51,9 @@ class EngineConfig:
     """Tokens of a step under splitfuse; 0: what itl_target_ms leaves room for."""
     itl_target_ms: float = 50.0
     """How long a decode may wait for its next token while prompts are computed beside it."""
+    itl_limit_ms: float = 200.0
+    """The same where prompts would else begin to be answered late, which is after length / 512 seconds: set it to 0.8
+    of what readers bear. No more than itl_target_ms: decodes never wait longer for that."""
     prefix_cache: bool = True
     """Compute the beginning that several prompts share once."""
     draft: str = ""
@@ -80,7 +83,8 @@ class EngineConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
         if self.dtype is not None and self.dtype not in get_args(DType):
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(get_args(DType))}")
-        if not 0 < self.itl_target_ms < math.inf:
-            raise ValueError(f"itl_target_ms is {self.itl_target_ms}: give milliseconds over 0")
+        for name in ("itl_target_ms", "itl_limit_ms"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: give milliseconds over 0")
         if self.draft_tokens > MOST_DRAFTS:
             raise ValueError(f"draft_tokens is {self.draft_tokens}: give {MOST_DRAFTS} or fewer")

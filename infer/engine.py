@@ -261,7 +261,7 @@ def _budget(core: Core) -> dict[str, int]:
     """Tokens of a step beside one decode, and where no sequence decodes; under splitfuse."""
     if isinstance(core.budget, int):
         return {"budget": core.budget, "budget_alone": core.budget}
-    return {"budget": core.budget(1, 0), "budget_alone": core.budget(0, 0)}
+    return {"budget": core.budget(1, 0, ()), "budget_alone": core.budget(0, 0, ())}
 
 
 def _length(config: EngineConfig, model: GPT) -> int:

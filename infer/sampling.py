@@ -66,6 +66,11 @@ class Sampled:
     top_ids_BN: Tensor
     top_logprobs_BN: Tensor
 
+    def read(self) -> tuple[list[int], list[bool]]:
+        """ids and ok on the host, in one copy; it waits for the device."""
+        ids, ok = torch.stack((self.ids_B, self.ok_B)).tolist()
+        return ids, list(map(bool, ok))
+
 
 def is_greedy(asked: SamplingParams) -> bool:
     """Whether these settings leave nothing to chance."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from .blocks import BlockPool, Copy
 from .request import FinishReason, Key, Request, State
 from .roster import Roster, age
-from .step import STATIC_BUDGET, Event, Result, SchedulerConfig, Slice, Step
+from .step import PACE, STATIC_BUDGET, Due, Event, Result, SchedulerConfig, Slice, Step
 
 PROMPT_ROWS = 256
 """Tokens of a step whose prompts' logits are wanted: each takes a row of the vocabulary's size."""
@@ -115,7 +115,7 @@ class Scheduler:
         running = self.roster.running.values()
         decodes = sorted((r for r in running if r.decoding), key=lambda r: (r.served, r.order))
         prompts = sorted((r for r in running if not r.decoding), key=age)
-        plan = _Plan(self._steps, self._budget(decodes), self.config.max_sequences)
+        plan = _Plan(self._steps, self._budget(decodes, prompts, now), self.config.max_sequences)
         if self.config.policy != "prefill_first":
             self._decode(plan, decodes, FOR_PROMPTS if prompts or self.roster.waiting else 0)
         if self.config.policy != "prefill_first" or not decodes or self._patient():
@@ -130,7 +130,7 @@ class Scheduler:
         self._flight = step, plan.slices
         return step
 
-    def _budget(self, decodes: list[Request]) -> int:
+    def _budget(self, decodes: list[Request], prompts: list[Request], now: float) -> int:
         config = self.config
         if config.policy == "static":
             tokens = STATIC_BUDGET
@@ -139,8 +139,15 @@ class Scheduler:
         elif isinstance(config.budget, int):
             tokens = config.budget
         else:
-            tokens = config.budget(len(decodes), sum(r.total for r in decodes))
+            tokens = config.budget(len(decodes), sum(r.total for r in decodes), self._due(prompts, now))
         return max(1, min(tokens, config.max_step_tokens))
+
+    def _due(self, prompts: list[Request], now: float) -> list[Due]:
+        ahead, due = 0, []
+        for request in (*prompts, *self.roster.waiting[: self.config.lookahead]):
+            ahead += request.total - request.computed
+            due.append((ahead, request.arrival + len(request.prompt) / PACE - now))
+        return due
 
     def _patient(self) -> bool:
         """Under prefill_first: whether the decodes can wait once more."""

@@ -216,6 +216,7 @@ def test_settings_of_the_engine_are_checked(folder: Path) -> None:
         ({"block_size": 0}, "block_size is 0"),
         ({"max_sequences": True}, "max_sequences is True"),
         ({"itl_target_ms": 0.0}, "itl_target_ms is 0.0"),
+        ({"itl_limit_ms": -1.0}, "itl_limit_ms is -1.0"),
         ({"blocks": 3}, "blocks is no setting"),
     ):
         with pytest.raises(ValueError, match=words):

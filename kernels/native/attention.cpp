@@ -121,6 +121,8 @@ template <class X, class K, class C> struct Layer {
                 for (int r = 0; r < repeat; r++, i++) {
                     int64_t token = a.starts[u.sequence] + u.token + t, head = (u.group + g) * repeat + r;
                     s.row[i] = taken<X, C>((const X *)a.q + (token * a.heads + head) * a.d, s.query + i * a.d, a.d);
+                    if (s.tiled && s.row[i] != s.query + i * a.d)
+                        memcpy(s.query + i * a.d, s.row[i], size_t(a.d) * sizeof(C));
                 }
     }
 
@@ -250,6 +252,7 @@ template <class X, class K, class C> struct Layer {
                     for (int g = 0; g < a.groups; g++) put(t, g);
             }
             Scratch<C> s;
+            s.tiled = sizeof(C) == 2 && has_tiles() && a.d % 32 == 0;
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < int64_t(units.size()); i++) run(s, units[i]);
         }

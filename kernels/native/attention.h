@@ -5,6 +5,7 @@
 // and parts are merged in order. So a row's bits depend on its own query and keys and on nothing else.
 #pragma once
 #include "kvtypes.h"
+#include "tiles.h"
 
 constexpr int TILE = 64, PART = 512, ROWS = 64, WIDEST = 256;
 constexpr int CHUNKS = TILE / LANES;  // vectors in a tile
@@ -33,6 +34,10 @@ template <class C> struct Scratch {
     const C *row[ROWS];
     float decay[ROWS];
     State part, total;
+    bool tiled = false;  // rows go through tiles: all of `query` is then filled
+#if COTERIE_TILES
+    Tiles tiles;
+#endif
 };
 
 // One head of one layer's keys or values.
@@ -59,6 +64,10 @@ static bool fill(Scratch<C> &s, const Store<K> &k, const Store<K> &v, const long
         }
     }
     for (int j = 0; j < TILE; j += 16) {
+        if (j + 16 <= lo || j >= hi) {
+            for (long i = 0; i < d / HELD; i++) memset(s.keys + i * TILE + j, 0, 16 * sizeof(word));
+            continue;
+        }
         const word *at[16];
         for (long i = 0; i < d / HELD; i += 16) {
             for (int r = 0; r < 16; r++) at[r] = row[j + r] ? (const word *)row[j + r] + i : nullptr;
@@ -69,6 +78,10 @@ static bool fill(Scratch<C> &s, const Store<K> &k, const Store<K> &v, const long
     vec broken = zeros();
     for (int j = 0; j < TILE / HELD; j++) {
         word *out = s.values + j * padded;
+        if ((j + 1) * HELD <= lo || j * HELD >= hi) {
+            memset(out, 0, size_t(padded) * sizeof(word));
+            continue;
+        }
         if constexpr (HELD == 2)
             for (long i = 0; i < d; i += 32)
                 interleave(row[2 * j] ? row[2 * j] + i : nullptr, row[2 * j + 1] ? row[2 * j + 1] + i : nullptr,
@@ -158,14 +171,76 @@ template <int M, class C> static inline void weigh_all(Scratch<C> &s, int row, l
     for (; at < padded; at += LANES) weigh<M, 1>(s, row, at, padded);
 }
 
+#if COTERIE_TILES
+
+// The same through tiles, for n <= 16 rows: keys and values lie as right operands need them.
+static inline void score_tiles(Scratch<bf16> &s, int row, int n, long d) {
+    asm volatile("" ::: "memory");
+    s.tiles.rows(n);
+    for (int c = 0; c < TILE; c += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (long k = 0; k < d; k += STEP) {
+            const word *keys = s.keys + k / 2 * TILE + c;
+            _tile_loadd(4, s.query + row * d + k, d * 2);
+            _tile_loadd(6, keys, TILE * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, keys + 16, TILE * 4);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, s.scores + row * TILE + c, TILE * 4);
+        _tile_stored(1, s.scores + row * TILE + c + 16, TILE * 4);
+    }
+}
+
+static inline void weigh_tiles(Scratch<bf16> &s, int row, int n, long padded) {
+    constexpr long STEPS = TILE / 2;
+    float *out = s.part.values + row * padded;
+    for (int m = 0; m < n; m++)
+        for (long i = m * padded; i < (m + 1) * padded; i += LANES)
+            store(out + i, fma(load(out + i), all(s.decay[row + m]), zeros()));
+    asm volatile("" ::: "memory");
+    s.tiles.rows(n);
+    for (long at = 0; at < padded; at += 32) {
+        _tile_loadd(0, out + at, padded * 4);
+        _tile_loadd(1, out + at + 16, padded * 4);
+        for (long j = 0; j < STEPS; j += 16) {
+            const word *values = s.values + j * padded + at;
+            _tile_loadd(4, s.weights + row * STEPS + j, STEPS * 4);
+            _tile_loadd(6, values, padded * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, values + 16, padded * 4);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, out + at, padded * 4);
+        _tile_stored(1, out + at + 16, padded * 4);
+    }
+}
+
+#endif
+
 // Rows from to to: the same arithmetic for each, in tiles of rows.
 template <class C> static void score_rows(Scratch<C> &s, int from, int to, long d) {
+#if COTERIE_TILES
+    if constexpr (sizeof(C) == 2)
+        if (s.tiled) {
+            for (; from < to; from += 16) score_tiles(s, from, to - from < 16 ? to - from : 16, d);
+            return;
+        }
+#endif
     for (; from + 6 <= to; from += 6) score<6>(s, from, d);
     for (; from + 2 <= to; from += 2) score<2>(s, from, d);
     if (from < to) score<1>(s, from, d);
 }
 
 template <class C> static void weigh_rows(Scratch<C> &s, int from, int to, long padded) {
+#if COTERIE_TILES
+    if constexpr (sizeof(C) == 2)
+        if (s.tiled) {
+            for (; from < to; from += 16) weigh_tiles(s, from, to - from < 16 ? to - from : 16, padded);
+            return;
+        }
+#endif
     for (; from + 6 <= to; from += 6) weigh_all<6>(s, from, padded);
     for (; from + 2 <= to; from += 2) weigh_all<2>(s, from, padded);
     if (from < to) weigh_all<1>(s, from, padded);

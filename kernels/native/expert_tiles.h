@@ -124,6 +124,7 @@ struct TiledLayer : Layer<bf16> {
 #pragma omp parallel num_threads(threads) if (R * F * D > SMALL)
         {
             Tiles tiles;
+            tiles.rows(GROUP);
 #pragma omp for schedule(static)
             for (long p = 0; p < plan.parts_count; p++) pack_part(x, plan.parts[p]);
             // Static: who computes a task has fetched what it begins with.

@@ -65,6 +65,7 @@ template <class Y> struct TiledLinear {
 #pragma omp parallel num_threads(threads) if (tasks > 1)
         {
             Tiles tiles;
+            tiles.rows(GROUP);
             if (groups > 1) {
 #pragma omp for schedule(static)
                 for (long g = 0; g < groups; g++) pack_group(g);

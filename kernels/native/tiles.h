@@ -28,21 +28,25 @@ static inline bool has_tiles() {
     return given;
 }
 
-// While one lives, all tiles of its thread have 16 rows of 64 bytes.
+// While one lives, the tiles of its thread have rows of 64 bytes: 16 in the right operands (6 and 7), `rows` in the
+// answers (0 to 3) and in the left operands (4 and 5).
 struct Tiles {
-    explicit Tiles(bool wanted = true) : open(wanted) {
-        if (!open) return;
+    int shaped = 0;
+
+    void rows(int count) {
+        if (count == shaped) return;
         struct alignas(64) {
             uint8_t palette = 1, start = 0, none[14] = {};
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } shape;
+        for (int i = 0; i < 6; i++) shape.rows[i] = uint8_t(count);
         _tile_loadconfig(&shape);
+        shaped = count;
     }
     ~Tiles() {
-        if (open) _tile_release();
+        if (shaped) _tile_release();
     }
-    bool open;
 };
 
 // out (K / 2, 16) of at most 16 rows; a null row is zeros.
