@@ -177,9 +177,32 @@ def experts(json: Path | None = None, quick: bool = False, device: Literal["cpu"
     run(json=json, quick=quick)
 
 
-BENCHES = {
-    f.__name__: f for f in (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts)
-}
+def placement(
+    json: Path | None = None,
+    quick: bool = False,
+    routes: Path | None = None,
+    nodes: int = 2,
+    ranks: int = 4,
+    slots: int = 9,
+) -> None:
+    """Compare the placement of experts with DeepSeek's EPLB, round robin and the optimum, out of window.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: Fewer cases and steps.
+        routes: A recorded file of routes, judged in place of the synthetic ones.
+        nodes: With --routes: nodes of the cluster.
+        ranks: With --routes: ranks of a node.
+        slots: With --routes: experts of a layer that a rank holds.
+    """
+    from .benchmarks.placement import main as run
+    from .infer.placement import Cluster
+
+    run(json=json, quick=quick, routes=routes, cluster=Cluster(nodes, ranks, slots))
+
+
+_ALL = (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts, placement)
+BENCHES = {f.__name__: f for f in _ALL}
 
 
 def main(argv: list[str]) -> None:

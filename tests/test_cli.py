@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("tyro", reason="the command needs tyro")
 from coterie import cli
 from coterie.benchmarks.serving_load import Load
+from coterie.infer.placement import Cluster
 
 WRONG = {
     "no such model": (["generate", "nowhere", "--prompt", "x"], "nowhere"),
@@ -90,6 +91,11 @@ def test_help_lists_every_command_and_no_other(capsys) -> None:
         (["plan", "--netns", "--quick"], "plan_hosts.main", {"json": None, "quick": True}),
         (["layouts"], "layouts.main", {"json": None, "quick": False}),
         (["load"], "loading.main", {"json": None, "quick": False}),
+        (
+            ["placement", "--routes", "f", "--nodes", "3"],
+            "placement.main",
+            {"json": None, "quick": False, "routes": Path("f"), "cluster": Cluster(3, 4, 9)},
+        ),
     ],
 )
 def test_each_benchmark_has_flags_of_its_own(argv, called, given, monkeypatch) -> None:
