@@ -102,10 +102,11 @@ def serve(load: tyro.conf.OmitArgPrefixes[Load]) -> None:
 
 def decode(
     model: Path | None = None,
+    shape: Literal["olmoe", "qwen3_30b", "tiny"] | None = None,
     json: Path | None = None,
     quick: bool = False,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
+    batches: tuple[int, ...] | None = None,
     repeats: int = 3,
     device: Literal["cpu", "cuda"] | None = None,
     peer: bool = True,
@@ -114,17 +115,23 @@ def decode(
 
     Args:
         model: A model directory; none: a random one with skewed routers, written for this run.
+        shape: In place of it a published shape, with random bf16 weights drawn on the device; no peer.
         json: Write the tidy rows here too.
         quick: A tiny model, two batches, few tokens.
         dtype: Of weights and arithmetic.
-        batches: Sequences at a time.
+        batches: Sequences at a time; none: 1 to 64.
         repeats: Of each number.
         device: cpu or cuda; none: cuda where there is one.
         peer: Also transformers' generate, in turns, where it is installed.
     """
-    from .benchmarks.decode import main as run
+    from .benchmarks import decode, decode_shapes
 
-    run(model, json=json, quick=quick, dtype=dtype, batches=batches, repeats=repeats, device=device, peer=peer)
+    if shape is not None:
+        asked = batches or decode_shapes.BATCHES
+        decode_shapes.main(shape, json=json, quick=quick, batches=asked, repeats=repeats, device=device)
+        return
+    asked = batches or decode.BATCHES
+    decode.main(model, json=json, quick=quick, dtype=dtype, batches=asked, repeats=repeats, device=device, peer=peer)
 
 
 def policies(json: Path | None = None, quick: bool = False) -> None:
@@ -152,21 +159,50 @@ def soak(json: Path | None = None, quick: bool = False, minutes: float = 30.0) -
     run(json=json, quick=quick, minutes=minutes)
 
 
-def experts(json: Path | None = None, quick: bool = False) -> None:
+def experts(json: Path | None = None, quick: bool = False, device: Literal["cpu", "cuda"] = "cpu") -> None:
     """Time the experts of a decode step, by tokens, beside the memory's rate.
 
     Args:
         json: Write the tidy rows here too.
         quick: Fewer cases and repeats.
+        device: cuda: layers of OLMoE's and Qwen3-30B-A3B's shapes, beside other kernels that are installed.
     """
+    if device == "cuda":
+        from .benchmarks.experts_gpu import main as on_gpu
+
+        on_gpu(json=json, quick=quick)
+        return
     from .benchmarks.experts import main as run
 
     run(json=json, quick=quick)
 
 
-BENCHES = {
-    f.__name__: f for f in (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts)
-}
+def placement(
+    json: Path | None = None,
+    quick: bool = False,
+    routes: Path | None = None,
+    nodes: int = 2,
+    ranks: int = 4,
+    slots: int = 9,
+) -> None:
+    """Compare the placement of experts with DeepSeek's EPLB, round robin and the optimum, out of window.
+
+    Args:
+        json: Write the tidy rows here too.
+        quick: Fewer cases and steps.
+        routes: A recorded file of routes, judged in place of the synthetic ones.
+        nodes: With --routes: nodes of the cluster.
+        ranks: With --routes: ranks of a node.
+        slots: With --routes: experts of a layer that a rank holds.
+    """
+    from .benchmarks.placement import main as run
+    from .infer.placement import Cluster
+
+    run(json=json, quick=quick, routes=routes, cluster=Cluster(nodes, ranks, slots))
+
+
+_ALL = (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts, placement)
+BENCHES = {f.__name__: f for f in _ALL}
 
 
 def main(argv: list[str]) -> None:

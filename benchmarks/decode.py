@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from typing import Any
 import torch
 
 from .decode_model import config, make
-from .decode_worker import Worker
+from .decode_worker import Measured, Worker
+from .device import Memory
 from .rows import Row, show, write
 from .timing import median_and_spread
 
 BENCH = "decode"
-READ_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _BESIDE = (
     ("memory_rate", "machine", "GB/s"),
     ("distinct_experts", "coterie", "a layer"),
@@ -44,38 +44,13 @@ class Sizes:
     prefill: int = 1024
 
 
-@dataclass
-class _Machine:
-    """Reads a large buffer, to know what memory gives at this moment."""
-
-    device: str
-
-    def __post_init__(self) -> None:
-        self._buffer = torch.ones(READ_BYTES[self.device] // 4, device=self.device)
-
-    def rate(self) -> float:
-        """Bytes a second, of the best of three reads by all threads."""
-        taken: list[float] = []
-        for _ in range(3):
-            self._wait()
-            start = time.perf_counter()
-            self._buffer.sum()
-            self._wait()
-            taken.append(time.perf_counter() - start)
-        return self._buffer.nbytes / min(taken)
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
 def main(
     model: str | Path | None = None,
     *,
     json: str | Path | None = None,
     quick: bool = False,
     dtype: str = "bfloat16",
-    batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+    batches: Sequence[int] = BATCHES,
     repeats: int = 3,
     device: str | None = None,
     peer: bool = True,
@@ -85,8 +60,7 @@ def main(
     Raises:
         ValueError: our greedy tokens differ from transformers' in fp32.
     """
-    if min(batches, default=0) < 1 or repeats < 1:
-        raise ValueError("--batches and --repeats take whole numbers from 1 on")
+    check(batches, repeats)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     sizes = Sizes(prompt=8, new=12, prefill=40) if quick else Sizes()
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,10 +76,16 @@ def main(
                 workers.append(Worker(impl, model, dtype, device))
                 stack.callback(workers[-1].close)
             case = f"{Path(model).name} {dtype} on {device}"
-            bench = _Bench(workers, _Machine(device), vocab, case, sizes, 2 if quick else repeats)
+            bench = Bench(workers, Memory(device), vocab, case, sizes, 2 if quick else repeats)
             rows = bench.run((1, 4) if quick else batches, rows, lambda found: json and write(found, json))
     show(rows)
     return rows
+
+
+def check(batches: Sequence[int], repeats: int) -> None:
+    """Raises ValueError for numbers that mean nothing."""
+    if min(batches, default=0) < 1 or repeats < 1:
+        raise ValueError("--batches and --repeats take whole numbers from 1 on")
 
 
 def _vocabulary(model: str | Path) -> int:
@@ -147,11 +127,11 @@ def _parity(model: str | Path, vocab: int, device: str, sizes: Sizes, peer: bool
     return [Row(BENCH, "parity in fp32", "coterie", "tokens like transformers'", sum(agreed), "tokens")], True
 
 
-class _Bench:
+class Bench:
     """All numbers of one model: engines take turns within each repeat, and memory is read beside them."""
 
     def __init__(
-        self, workers: list[Worker], machine: _Machine, vocab: int, case: str, sizes: Sizes, repeats: int
+        self, workers: Sequence[Measured], machine: Memory, vocab: int, case: str, sizes: Sizes, repeats: int
     ) -> None:
         self._workers, self._machine, self._vocab = workers, machine, vocab
         self._case, self._sizes, self._repeats, self._seed = case, sizes, repeats, 1000
@@ -169,7 +149,7 @@ class _Bench:
         keep(rows)
         return rows
 
-    def _turns(self, repeat: int) -> list[Worker]:
+    def _turns(self, repeat: int) -> Sequence[Measured]:
         return self._workers if repeat % 2 == 0 else self._workers[::-1]
 
     def _next(self, batch: int, tokens: int) -> list[list[int]]:
@@ -203,7 +183,7 @@ class _Bench:
                 first, all_ = worker.ask(one, 1), worker.ask(many, new)
                 seconds = all_["seconds"] - first["seconds"]
                 speeds[worker.impl].append(batch * (new - 1) / seconds)
-                if worker.impl == "coterie":
+                if worker is self._workers[0]:  # ours
                     least = read_bytes(first, all_, batch, sizes) / rate
                     limits.append(batch * (new - 1) / least)
                     seen["memory_rate"].append(rate / 1e9)

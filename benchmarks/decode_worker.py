@@ -13,7 +13,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from ..infer.engine import Engine
+    from ..infer.outputs import StepReport
 
 IMPLS = ("coterie", "transformers")
 
@@ -24,17 +28,39 @@ class Generates(Protocol):
     def generate(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], dict[str, Any]]: ...
 
 
-class Coterie:
-    """Our engine with its own settings, stepped by the caller."""
+class Measured(Protocol):
+    """An engine that can be asked, wherever it runs.
 
-    def __init__(self, model: str, dtype: str, device: str | None) -> None:
+    Attributes:
+        impl: its name.
+        startup: seconds until its first answer.
+        peak: bytes of memory that it had at most.
+    """
+
+    impl: str
+    startup: float
+    peak: int
+
+    def ask(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
+        """`tokens`, `seconds`, and what the engine tells beside them."""
+        ...
+
+
+class Coterie:
+    """Our engine, stepped by the caller."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._steps: list[StepReport] = []
+        engine.watch(self._steps.append)
+
+    @classmethod
+    def open(cls, model: str, dtype: str, device: str | None) -> Coterie:
+        """With its own settings."""
         from ..infer.config import EngineConfig
         from ..infer.engine import Engine
-        from ..infer.outputs import StepReport
 
-        self._engine = Engine.open(model, EngineConfig(device=device, dtype=dtype))  # type: ignore[arg-type]
-        self._steps: list[StepReport] = []
-        self._engine.watch(self._steps.append)
+        return cls(Engine.open(model, EngineConfig(device=device, dtype=dtype)))  # type: ignore[arg-type]
 
     def generate(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], dict[str, Any]]:
         from ..infer.outputs import Delta
@@ -123,7 +149,7 @@ class Worker:
         self.startup = time.perf_counter() - started
 
     def ask(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
-        """`tokens`, `seconds`, and what the engine tells beside them."""
+        """See `Measured`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -178,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not part of an answer
-    kind = {"coterie": Coterie, "transformers": Transformers}[given.impl]
+    kind = {"coterie": Coterie.open, "transformers": Transformers}[given.impl]
     _serve(kind(given.model, given.dtype, given.device), sys.stdin, out)
 
 

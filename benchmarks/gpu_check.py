@@ -1,4 +1,4 @@
-"""Everything that needs a CUDA machine, in one command: the gpu tests, then the layer and training benchmarks.
+"""Everything that needs a CUDA machine, in one command: the gpu tests, then the benchmarks.
 
     python benchmarks/gpu_check.py --out DIR      (from a checkout, which need not be installed)
 
@@ -28,8 +28,11 @@ STEPS = {
     "tests": TESTS,
     "layer": ["-m", "coterie.benchmarks.layer", "--json", "{json}"],
     "train": ["-m", "coterie.benchmarks.train", "--json", "{json}"],
+    "experts": ["-m", "coterie.benchmarks.experts_gpu", "--json", "{json}"],
+    "tiles": ["-m", "coterie.benchmarks.experts_gpu", "--tiles", "--json", "{json}"],
+    "decode": ["-m", "coterie.benchmarks.decode_shapes", "olmoe", "qwen3_30b", "--json", "{json}"],
 }
-SHARES = {"tests": 0.45, "layer": 0.35, "train": 0.2}
+SHARES = {"tests": 0.3, "layer": 0.15, "train": 0.1, "experts": 0.12, "tiles": 0.08, "decode": 0.25}
 """Of the time; what a step leaves goes to those after it."""
 MACHINE = """
 import json, sys, torch

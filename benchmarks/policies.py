@@ -32,8 +32,6 @@ from .serving_metrics import RATES, Trace, percentile, reads_well
 
 BENCH = "policies"
 POLICIES: tuple[Policy, ...] = ("splitfuse", "static", "prefill_first", "no_chunk")
-TARGET_MS = 100.0
-"""Between tokens, for the measured budget: under the 1/6 s of the strictest readers, as averages must be."""
 _SHOWN = ("throughput", *(f"effective_{rate}" for rate in RATES), "itl_p95", "budget")
 
 
@@ -136,21 +134,18 @@ def numbers(traces: Sequence[Trace], seconds: float) -> dict[str, tuple[float, s
     return told
 
 
-def engines(model: GPT, *, longest: int, target_ms: float) -> dict[Policy, Engine]:
+def engines(model: GPT, *, longest: int, target_ms: float, limit_ms: float) -> dict[Policy, Engine]:
     """One for each policy, on the same weights."""
-    return {
-        policy: Engine(
-            model, None, EngineConfig(policy=policy, max_model_len=longest, max_sequences=64, itl_target_ms=target_ms)
-        )
-        for policy in POLICIES
-    }
+    settings = {"max_model_len": longest, "max_sequences": 64, "itl_target_ms": target_ms, "itl_limit_ms": limit_ms}
+    return {policy: Engine(model, None, EngineConfig(policy=policy, **settings)) for policy in POLICIES}  # type: ignore[arg-type]
 
 
 def main(
     json: str | Path | None = None,
     quick: bool = False,
     *,
-    target_ms: float = TARGET_MS,
+    target_ms: float = EngineConfig.itl_target_ms,
+    limit_ms: float = EngineConfig.itl_limit_ms,
     limit_s: float = 90.0,
     threads: int | None = None,
 ) -> list[Row]:
@@ -158,7 +153,7 @@ def main(
 
     Args:
         quick: a tiny model and two small cases.
-        target_ms: between tokens, for the measured budget.
+        target_ms, limit_ms: between tokens, for the measured budget: `EngineConfig`'s itl_target_ms and itl_limit_ms.
         limit_s: seconds for one case under one policy, after which what was answered counts.
         threads: for torch.
     """
@@ -168,7 +163,7 @@ def main(
     model = GPT(model_config(quick), device=device, dtype=torch.bfloat16)
     model.init_weights(0)
     cases = QUICK if quick else CASES
-    contenders = engines(model, longest=128 if quick else 2048, target_ms=target_ms)
+    contenders = engines(model, longest=128 if quick else 2048, target_ms=target_ms, limit_ms=limit_ms)
     warm = QUICK[0] if quick else Case(300, 15, 8, 12)
     for engine in contenders.values():
         run(engine, warm, seed=1, limit_s=limit_s)

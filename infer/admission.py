@@ -15,7 +15,7 @@ from .counter import seed_of_choice
 from .live import BestOf, Live
 from .outputs import Sink
 from .request import Request, RequestError, SamplingParams
-from .sample_state import Matcher, SampleState
+from .sample_state import Matcher, PromptLogprobs, SampleState
 from .stops import StoppingText, stop_ids
 
 _BEFORE = 16  # tokens of the prompt that can decide how the text begins
@@ -86,6 +86,8 @@ class Admission:
         salt = salt if self.config.prefix_cache else f"{salt}\0{secrets.token_hex(16)}"
         first = Request(id, tuple(prompt), params, time.monotonic(), salt, deadline)
         seed = self._seed(count) if params.seed is None else params.seed
+        asked = params.prompt_logprobs
+        told = None if asked is None else PromptLogprobs(first.prompt, asked)
         states = [
             SampleState.of(
                 first.prompt,
@@ -94,6 +96,7 @@ class Admission:
                 eos_ids=self.eos_ids,
                 matcher=None if grammar is None else grammar.start(),
                 routes=routes,
+                told=told,
             )
             for i in range(sequences)
         ]
@@ -118,4 +121,5 @@ class Admission:
         if self.tokenizer is None:
             return None
         before, params = first.prompt[-_BEFORE:], first.params
-        return StoppingText(self.tokenizer, params.stop, before=before, min_tokens=params.min_tokens)
+        skip, least = params.skip_special_tokens, params.min_tokens
+        return StoppingText(self.tokenizer, params.stop, before=before, min_tokens=least, skip_special=skip)

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .drafts import Drafter
-from .step import Budget, Slice, Step
+from .step import Budget, Due, Slice, Step
 
 LEAST = 16
 """Prompt tokens in any step, so that prompts get on however slow the machine is."""
 PATIENCE = 0.5
 """Seconds that a step may take when nothing decodes: a request that comes meanwhile waits for its end."""
+_SPARE = 0.5
+"""Of a prompt's time: one that would take more than that hurries the step. Others come meanwhile and decode too."""
 _REPEATS = 4
 _RATE = 0.1  # of a step's mistake that its size takes over; half of that at half and at double its size
 _DECODES = 32
@@ -121,17 +123,22 @@ class StepTimes:
             times[i] = min(times[i], times[i + 1])
         self._seconds = [min(max(one, 1e-9), 1e9) for one in times]
 
-    def budget(self, target_s: float, *, each: int = 1) -> Budget:
-        """Tokens of a step that takes `target_s` at most, `most` at most, and LEAST more than decodes at least.
+    def budget(self, target_s: float, limit_s: float = 0.0, *, each: int = 1) -> Budget:
+        """Tokens of a step that takes `target_s` at most, or up to `limit_s` where a prompt would else be late;
+        `most` at most, and LEAST more than decodes at least.
 
         Args:
             each: tokens of a decode, with its guesses.
         """
 
-        def tokens(decodes: int, context: int) -> int:
+        def tokens(decodes: int, context: int, due: Sequence[Due] = ()) -> int:
             if not decodes:
                 return min(self.most, max(LEAST, self._fits(max(target_s, PATIENCE))))
-            fits = self._fits(target_s - self._rest(decodes, context))
+            rest = self._rest(decodes, context)
+            fits = self._fits(target_s - rest)
+            ready = max(0, fits - decodes * each)  # prompt tokens in target_s
+            if limit_s > target_s and any(ahead * target_s > ready * left * _SPARE for ahead, left in due):
+                fits = self._fits(limit_s - rest)
             return min(self.most, max(fits, decodes * each + LEAST))
 
         return tokens
@@ -156,8 +163,8 @@ class StepTimes:
         every = max(1, len(self.points) // 5)
         sizes = ", ".join(f"{p.tokens} tokens {_ms(p.seconds)}{_visited(p)}" for p in self.points[::every])
         return (
-            f"steps of {budget(1, 0)} tokens beside a decode, for {_ms(target_s)} between tokens "
-            f"({budget(0, 0)} without): {sizes}"
+            f"steps of {budget(1, 0, ())} tokens beside a decode, for {_ms(target_s)} between tokens "
+            f"({budget(0, 0, ())} without): {sizes}"
         )
 
 

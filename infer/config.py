@@ -51,6 +51,9 @@ class EngineConfig:
     """Tokens of a step under splitfuse; 0: what itl_target_ms leaves room for."""
     itl_target_ms: float = 50.0
     """How long a decode may wait for its next token while prompts are computed beside it."""
+    itl_limit_ms: float = 200.0
+    """The same where prompts would else begin to be answered late, which is after length / 512 seconds: set it to 0.8
+    of what readers bear. No more than itl_target_ms: decodes never wait longer for that."""
     prefix_cache: bool = True
     """Compute the beginning that several prompts share once."""
     draft: str = ""
@@ -64,6 +67,9 @@ class EngineConfig:
     """Prompt tokens that may wait."""
     max_step_tokens: int = 0
     """Tokens of one step under any policy; 0: 8192."""
+    generation_config: bool = True
+    """Sample as the model's generation_config.json says (temperature, top_k, top_p, min_p, repetition_penalty) where
+    a request says nothing. Its ends of a text count in any case."""
     seed: int = 0
     """Of requests that bring none: over 0, the same order of requests gives the same texts; 0: no seed is known."""
 
@@ -77,7 +83,8 @@ class EngineConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
         if self.dtype is not None and self.dtype not in get_args(DType):
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(get_args(DType))}")
-        if not 0 < self.itl_target_ms < math.inf:
-            raise ValueError(f"itl_target_ms is {self.itl_target_ms}: give milliseconds over 0")
+        for name in ("itl_target_ms", "itl_limit_ms"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: give milliseconds over 0")
         if self.draft_tokens > MOST_DRAFTS:
             raise ValueError(f"draft_tokens is {self.draft_tokens}: give {MOST_DRAFTS} or fewer")

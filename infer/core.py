@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..models.gpt import GPT
 from .admission import Prepared
@@ -103,9 +103,9 @@ class Core:
         config = self.config
         if config.policy != "splitfuse" or config.budget:
             return None, config.budget or BUDGET
-        target_s = config.itl_target_ms / 1e3
+        target_s, limit_s = config.itl_target_ms / 1e3, config.itl_limit_ms / 1e3
         times = StepTimes.measure(Followed(self.runner, self.drafter), most=most)
-        budget = times.budget(target_s, each=1 if self.drafter is None else 1 + config.draft_tokens)
+        budget = times.budget(target_s, limit_s, each=1 if self.drafter is None else 1 + config.draft_tokens)
         log.info(times.told(target_s, budget))
         return times, budget
 
@@ -139,10 +139,11 @@ class Core:
         if step is None:
             self._deliver()
             return bool(events)
-        ran = self._run(step)
+        prompts = {key: state.prompt_length for key, state in self._states.items()} if self.hooks else None
+        ran = self._run(step, loads=prompts is not None)
         if ran is None:
             return True
-        report = self._report(step, ran) if self.hooks else None
+        report = None if prompts is None else self._report(step, ran, prompts)
         with self.lock:
             self._flight = None
             events = scheduler.commit(step, ran.results)
@@ -162,14 +163,14 @@ class Core:
             context = sum(piece.start for piece in chosen if len(piece.tokens) == 1 + piece.drafts)
             self.times.observe(step.tokens, len(chosen), context, seconds)
 
-    def _run(self, step: Step) -> Ran | None:
+    def _run(self, step: Step, loads: bool) -> Ran | None:
         """None: the pass failed, and its sequences will compute again. Failing twice in a row is for good."""
         try:
             if not step.slices:
                 self._deliver()
                 return Ran()
             self._guarded(lambda drafter: drafter.follow(step))
-            end = self.runner.start(step, self._states, guesses=self._guesses, loads=bool(self.hooks))
+            end = self.runner.start(step, self._states, guesses=self._guesses, loads=loads)
             self._deliver()
             ran = end()
         except Exception:
@@ -262,9 +263,10 @@ class Core:
             self.drafter = None
             return None
 
-    def _report(self, step: Step, ran: Ran) -> Callable[[int, float], StepReport]:
-        """The step's report but for (tokens handed out, seconds); lengths are read before sequences end."""
-        decodes = sum(piece.start >= self._states[piece.key].prompt_length for piece in step.slices)
+    def _report(self, step: Step, ran: Ran, prompts: Mapping[Key, int]) -> Callable[[int, float], StepReport]:
+        """The step's report but for (tokens handed out, seconds). `prompts`: lengths, read before sequences end: one
+        may while its step computes."""
+        decodes = sum(piece.start >= prompts[piece.key] for piece in step.slices)
         runner, read = self.runner, self.traffic.of(step, ran.loads)
 
         def report(generated: int, seconds: float) -> StepReport:

@@ -37,11 +37,8 @@ class Decodes:
         self._recordings, self._arena = dict[int, Recording[Output]](), Arena()
         self._weights = [p.detach() for p in model.parameters()]  # what a recording reads stays in memory
         self._shares = pool.device.type == "cuda"
-        columns = min(-(-model.config.max_positions // pool.size), pool.blocks)
-        kind = {"dtype": torch.int32, "device": pool.device}
-        self._all_3N = torch.zeros(3, MOST, dtype=torch.int64, device=pool.device)
-        self._tables_NM = torch.zeros(MOST, columns, **kind)
-        self._starts_N1, self._lengths_N = torch.arange(MOST + 1, **kind), torch.ones(MOST, **kind)
+        self._columns = min(-(-model.config.max_positions // pool.size), pool.blocks)
+        self._inputs = dict[int, _Inputs]()
         self.why_not: str | None = None
         """Why this model's steps cannot be recorded."""
 
@@ -62,12 +59,14 @@ class Decodes:
             return None
         rows = self._rows(size)
         all_3N, ragged = tables_of([*slices, *[slices[0]] * (rows - size)], self._pool)
-        self._all_3N[:, :rows].copy_(all_3N)
-        self._tables_NM[:rows, : ragged.tables_NM.shape[1]].copy_(ragged.tables_NM)
-        self._lengths_N[:rows].copy_(ragged.lengths_N)
+        inputs = self._inputs.get(rows)
+        if inputs is None:
+            with torch.inference_mode(False):  # what is made in it can only be written in it
+                inputs = self._inputs[rows] = _Inputs(rows, self._columns, self._pool.device)
+        inputs.put(all_3N, ragged)
         found = self._recordings.get(rows)
         if found is None:
-            return self._record(rows, size)
+            return self._record(inputs, rows, size)
         return _first(found.replay(), size)
 
     def _rows(self, size: int) -> int:
@@ -75,16 +74,13 @@ class Decodes:
             return size
         return 1 << (size - 1).bit_length() if size < _GROW else -(-size // _GROW) * _GROW
 
-    def _record(self, rows: int, size: int) -> Output | None:
-        tokens_1N, positions_1N, slots_N = self._all_3N[:1, :rows], self._all_3N[1:2, :rows], self._all_3N[2, :rows]
-        # The host's numbers decide how the work is cut: those of the longest text hold for all.
-        longest = self._tables_NM.shape[1] * self._pool.size
-        tables = (self._tables_NM[:rows], self._starts_N1[: rows + 1], self._lengths_N[:rows], slots_N)
+    def _record(self, inputs: _Inputs, rows: int, size: int) -> Output | None:
         cache = PagedCache(self._pool)
-        cache.ragged = Ragged(*tables, longest, 1)
+        # The host's numbers decide how the work is cut: those of the longest text hold for all.
+        cache.ragged = inputs.ragged(self._columns * self._pool.size)
         try:
             recording = record(
-                lambda: self._model(tokens_1N, positions_1N, cache=cache), self._pool.device, self._arena
+                lambda: self._model(*inputs.tokens_and_positions(), cache=cache), self._pool.device, self._arena
             )
         except RuntimeError as error:
             self.why_not = str(error)
@@ -92,6 +88,43 @@ class Decodes:
             return None
         self._recordings[rows] = recording
         return _first(recording.output, size)
+
+
+class _Inputs:
+    """What a recording of `rows` sequences reads, side by side: a step's numbers travel to a GPU in one copy, from
+    memory that the host does not have to wait for. Steps do not overlap, so the last copy is done."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self._there = torch.zeros(rows * (8 + columns), dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._here = torch.zeros(len(self._there), dtype=torch.int32, pin_memory=True) if pinned else self._there
+        self._here[6 * rows : 7 * rows] = 1
+        self._rows, self._starts_N1 = rows, torch.arange(rows + 1, dtype=torch.int32, device=device)
+
+    def _parts(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, positions and slots (3, N) int64, lengths (N,), and tables (N, M)."""
+        rows = self._rows
+        longs_3N, lengths_N = numbers[: 6 * rows].view(torch.int64).view(3, rows), numbers[6 * rows : 7 * rows]
+        return longs_3N, lengths_N, numbers[8 * rows :].view(rows, -1)  # at a multiple of 16 bytes
+
+    def put(self, all_3N: Tensor, ragged: Ragged) -> None:
+        """Takes the numbers of a step, as `tables_of` gives them."""
+        longs_3N, lengths_N, tables_NM = self._parts(self._here)
+        longs_3N.copy_(all_3N)
+        lengths_N.copy_(ragged.lengths_N)
+        tables_NM[:, : ragged.tables_NM.shape[1]].copy_(ragged.tables_NM)
+        if self._here is not self._there:
+            self._there.copy_(self._here, non_blocking=True)
+
+    def tokens_and_positions(self) -> tuple[Tensor, Tensor]:
+        """(1, N) each."""
+        all_3N = self._parts(self._there)[0]
+        return all_3N[:1], all_3N[1:2]
+
+    def ragged(self, longest: int) -> Ragged:
+        """The step's tables, for texts of up to `longest` tokens."""
+        all_3N, lengths_N, tables_NM = self._parts(self._there)
+        return Ragged(tables_NM, self._starts_N1, lengths_N, all_3N[2], longest, 1)
 
 
 def _first(out: Output, size: int) -> Output:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models.gpt import GPT
+from ..models.tokenizer import Tokenizer
 from .config import EngineConfig
 from .drafts import Asked, Drafter, Guess, NgramDrafter, Pace
 from .paged import KVPool, KVType, PagedCache, block_bytes
@@ -180,6 +181,21 @@ def check_draft(model: GPT, *, vocabulary: int, max_model_len: int) -> None:
             f"the draft model has {config.max_positions} positions, but texts may have {max_model_len} tokens: "
             "lower max_model_len"
         )
+
+
+def check_tokenizers(mine: Tokenizer | None, drafts: Tokenizer | None) -> None:
+    """Raises ValueError where an id is one token to the model and another to the draft model. One without a tokenizer
+    is taken at its vocabulary's size."""
+    if mine is None or drafts is None:
+        return
+    ours, theirs = mine.vocabulary(), drafts.vocabulary()
+    for token in sorted(ours.keys() | theirs.keys(), key=lambda token: (ours.get(token, theirs.get(token)), token)):
+        if ours.get(token) != theirs.get(token):
+            here, there = ours.get(token, "nothing"), theirs.get(token, "nothing")
+            raise ValueError(
+                f"the draft model has another tokenizer: {token[:40]!r} is {there} to it, and {here} to the model: "
+                "give one with the same tokenizer"
+            )
 
 
 def kv_bytes(model: GPT, config: EngineConfig) -> int:

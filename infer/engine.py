@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..models.gpt import GPT
+from ..models.hub import resolve
 from ..models.tokenizer import Tokenizer
 from .admission import Admission, CompiledGrammar
 from .config import EngineConfig
 from .core import Core, Hook, log
-from .open_model import open_model
+from .draft_model import check_tokenizers
+from .open_model import generation_defaults, model_folder, open_model
 from .outputs import Sink
 from .request import EngineDead, SamplingParams
 
@@ -35,6 +38,7 @@ class Engine:
         vocabulary: token ids are below it.
         max_model_len: tokens of prompt and answer together.
         eos_ids: tokens that end a text.
+        defaults: settings of `SamplingParams` for who says nothing: the checkpoint's. `submit` does not look at them.
         core: the steps.
         failure: what ended the loop, None while it lives.
     """
@@ -52,6 +56,7 @@ class Engine:
         _keep_all(model)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.name = "model"
+        self.defaults: dict[str, Any] = {}
         self.vocabulary = model.config.vocab_size
         self.max_model_len = _length(config, model)
         self._admission = Admission(tokenizer, config, max_model_len=self.max_model_len, vocabulary=self.vocabulary)
@@ -73,9 +78,12 @@ class Engine:
         model, tokenizer = open_model(path, device=config.device, dtype=dtype)
         draft = None
         if config.draft not in ("", "ngram"):
-            draft, _ = open_model(config.draft, device=config.device, dtype=dtype)
+            draft, drafts = open_model(config.draft, device=config.device, dtype=dtype)
+            check_tokenizers(tokenizer, drafts)
         engine = cls(model, tokenizer, config, draft_model=draft)
         engine.name = Path(path).name or str(path)
+        if config.generation_config:
+            engine.defaults = generation_defaults(model_folder(resolve(path)))
         return engine
 
     @property
@@ -253,7 +261,7 @@ def _budget(core: Core) -> dict[str, int]:
     """Tokens of a step beside one decode, and where no sequence decodes; under splitfuse."""
     if isinstance(core.budget, int):
         return {"budget": core.budget, "budget_alone": core.budget}
-    return {"budget": core.budget(1, 0), "budget_alone": core.budget(0, 0)}
+    return {"budget": core.budget(1, 0, ()), "budget_alone": core.budget(0, 0, ())}
 
 
 def _length(config: EngineConfig, model: GPT) -> int:

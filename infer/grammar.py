@@ -26,13 +26,13 @@ from ..models.tokenizer import Tokenizer
 from .grammar_size import check_lark, check_regex, check_schema, load_json
 from .request import QueueFull, RequestError
 
-Kind = Literal["json_object", "json_schema", "regex", "grammar", "choice"]
+Kind = Literal["json_object", "json_schema", "regex", "grammar", "choice", "tools"]
 MOST_BYTES = 1 << 16
 MOST_KEPT = 64  # compiled grammars of one tokenizer
 MOST_COMPILING = 4
 SLOWEST_MASK = 2.0  # seconds; what takes longer holds up everybody's step, so it ends
 # A model may go on with white space for ever: one space will do, or a line break and an indentation.
-_SPACE = r"( |\r?\n[ \t]{0,32})"
+_OPTIONS: Any = {"whitespace_pattern": r"( |\r?\n[ \t]{0,32})", "lenient": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class GrammarSpec:
     kind: Kind
     text: str = ""
     """json_object: nothing. json_schema: the schema. regex: what the whole text must match (Rust's syntax, without
-    look-around and back-references). grammar: in llguidance's form of Lark. choice: a JSON list of strings."""
+    look-around and back-references). grammar: in llguidance's form of Lark. choice: a JSON list of strings. tools:
+    JSON with `rules`, Lark of our own, and `arguments`, a list of schemas that the rules know as arguments_0, ..."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -180,11 +181,13 @@ def _grammar(spec: GrammarSpec) -> str:
         return LLMatcher.grammar_from_lark(spec.text)
     if spec.kind == "choice":
         return LLMatcher.grammar_from_lark(_choices(spec.text))
+    if spec.kind == "tools":
+        return LLMatcher.grammar_from_lark(_tools(spec.text))
     if spec.kind == "json_schema":
         check_schema(spec.text)
     schema = spec.text if spec.kind == "json_schema" else '{"type": "object"}'
     try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _SPACE, "lenient": False})
+        return LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
     except ValueError as error:
         raise RequestError(f"the JSON schema cannot be used: {_brief(str(error))}") from None
 
@@ -194,6 +197,15 @@ def _choices(text: str) -> str:
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
         raise RequestError("choice must be a list of strings that are not empty")
     return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+
+
+def _tools(text: str) -> str:
+    told = load_json(text, "tools")
+    rules = [told["rules"]]
+    for number, schema in enumerate(told["arguments"]):
+        check_schema(json.dumps(schema))
+        rules.append(f"arguments_{number}: %json {json.dumps({**schema, 'x-guidance': _OPTIONS})}")
+    return "\n".join(rules) + "\n"
 
 
 def _brief(error: str) -> str:

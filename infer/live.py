@@ -51,6 +51,7 @@ class Live:
                     break
             if finish is not None:
                 text += self.text.finish()
+        prompt = self.state.prompt if count and not self.told else None
         self.told += count
         logprobs, routes = (told.logprobs[:count], told.routes[:count]) if told is not None else ((), ())
         return Delta(
@@ -65,6 +66,7 @@ class Live:
             self.told,
             self.request.cached,
             max(0.0, (self.request.started or self.request.arrival) - self.request.arrival),
+            () if prompt is None else tuple(prompt.told),
         )
 
     def fail(self, why: str) -> Delta:
@@ -104,6 +106,7 @@ class BestOf:
 def _joined(parts: Sequence[Delta]) -> Delta:
     return replace(
         parts[-1],
+        prompt_logprobs=parts[0].prompt_logprobs,
         text="".join(part.text for part in parts),
         tokens=tuple(token for part in parts for token in part.tokens),
         logprobs=tuple(one for part in parts for one in part.logprobs),

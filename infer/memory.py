@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 _SHARES = {"cpu": 0.5, "cuda": 0.9}  # of what is free; other programs and the activations need the rest
 _QUARTER = 4
-_READ = 256 << 20
+_READ = {"cpu": 256 << 20, "cuda": 4 << 30}  # in no cache, and far longer than it takes to start
 
 
 def free_memory(device: torch.device) -> int:
@@ -85,7 +85,7 @@ def read_rate(module: nn.Module) -> float:
         size = weight.numel() * weight.element_size()
         if size >= 4 << 20 and size % 8 == 0 and weight.is_contiguous():
             parts.append(weight.detach().flatten().view(torch.uint8).view(torch.float32))
-        if sum(part.nbytes for part in parts) >= _READ:
+        if sum(part.nbytes for part in parts) >= _READ.get(weight.device.type, 256 << 20):
             break
     if not parts:
         return 0.0

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..models.files import is_there, read_json
 from ..models.gpt import GPT
 from ..models.hub import resolve
 from ..models.tensor_files import has_weights
 from ..models.tokenizer import Tokenizer
 from ..models.weights import load_model
+from .request import RequestError, SamplingParams
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def open_model(
@@ -32,6 +37,26 @@ def open_model(
     # The small file first: a damaged one is told before the weights are read.
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     return load_model(folder, device=at, dtype=dtype).eval(), tokenizer
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """What a model's generation_config.json says of sampling, as settings of `SamplingParams`; {}: it has none.
+
+    `do_sample` is passed over, as vLLM does: who wants greedy tokens asks for temperature 0.
+
+    Raises:
+        ValueError: the file is damaged, or a value has no meaning.
+    """
+    file = folder / "generation_config.json"
+    told = read_json(file) if is_there(file) else {}
+    found = {name: told[name] for name in _SAMPLING if told.get(name) is not None}
+    if found.get("top_k") == -1:  # how some write "all"
+        found["top_k"] = 0
+    try:
+        SamplingParams(**found)
+    except RequestError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return found
 
 
 def _device(device: str | torch.device | None) -> torch.device:

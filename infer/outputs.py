@@ -45,6 +45,8 @@ class Delta:
     """Prompt tokens that the prefix cache held."""
     queued: float = 0.0
     """Seconds from the request's arrival until it was first given blocks."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens from the second on, where the request asked for them: in the first delta with tokens."""
 
 
 Sink = Callable[[Delta], None]

@@ -119,7 +119,7 @@ class KVPool:
     def _copy(self, sources: list[int], targets: list[int]) -> None:
         if not sources:
             return
-        both = torch.tensor([sources, targets], device=self.device)
+        both = sent(torch.tensor([sources, targets]), self.device)
         for store in self._copied:
             store.index_copy_(2, both[1], store.index_select(2, both[0]))
 
@@ -152,8 +152,9 @@ class PagedCache:
         """
         all_3T, ragged = tables_of(slices, self.pool)
         at = self.pool.device
-        all_3T = all_3T.to(at)
-        tables_NM, starts_N1, lengths_N = (t.to(at) for t in (ragged.tables_NM, ragged.starts_N1, ragged.lengths_N))
+        all_3T, tables_NM, starts_N1, lengths_N = (
+            sent(t, at) for t in (all_3T, ragged.tables_NM, ragged.starts_N1, ragged.lengths_N)
+        )
         self.ragged = Ragged(tables_NM, starts_N1, lengths_N, all_3T[2], ragged.longest, ragged.widest)
         return all_3T[:1], all_3T[1:2]
 
@@ -163,6 +164,11 @@ class PagedCache:
             raise ValueError(f"queries of shape {tuple(q_BSHd.shape)} are not those of the step that was begun")
         o_THd = store_and_attend(q_BSHd[0], k_BSGd[0], v_BSGd[0], self.pool.layer(layer), self.ragged)
         return o_THd[None]
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """The host's numbers on a device. A copy to a GPU is under way: only pinned memory is read without a wait."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
 def tables_of(slices: Sequence[Slice], pool: KVPool) -> tuple[Tensor, Ragged]:

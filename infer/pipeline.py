@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +34,8 @@ class Generated:
     stop: str | int | None
     """The stop string or stop token that ended it."""
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens from the second on."""
 
 
 class GenerationError(ValueError):
@@ -56,7 +58,8 @@ class Pipeline:
 
         Args:
             prompts: a text, token ids, or a list of either. An empty text starts a new document.
-            settings: fields of `SamplingParams`, of which max_tokens may be called max_new_tokens.
+            settings: fields of `SamplingParams`, of which max_tokens may be called max_new_tokens. What is not named
+                is as the model's generation_config.json says (`EngineConfig.generation_config`).
 
         Returns: for each prompt in order its `n` sequences.
 
@@ -64,7 +67,7 @@ class Pipeline:
             RequestError: a prompt or setting that cannot be served.
             GenerationError: a sequence failed.
         """
-        params = sampling_params(settings)
+        params = sampling_params(settings, self.engine.defaults)
         ids = [self._encode(prompt) for prompt in _listed(prompts)]
         if not ids:
             raise ValueError("there is no prompt: give a text, token ids, or a list of either")
@@ -91,7 +94,7 @@ class Pipeline:
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
         """Pieces of the text that goes on with one prompt, as they come; see `__call__`. This call itself refuses,
         before any piece is asked for."""
-        params = sampling_params(settings)
+        params = sampling_params(settings, self.engine.defaults)
         if params.n > 1:
             raise ValueError(f"n {params.n} texts cannot be one stream: ask for 1")
         box: deque[Delta] = deque()
@@ -188,8 +191,8 @@ def stream_text(path: str | Path, prompt: str, *, device: str | None = None, **s
     return Pipeline(Engine(model, tokenizer, config)).stream(ids, **settings)
 
 
-def sampling_params(settings: dict[str, Any]) -> SamplingParams:
-    """Of keyword arguments; raises ValueError for one that is not known."""
+def sampling_params(settings: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+    """Of keyword arguments, and defaults for what they do not name; raises ValueError for one that is not known."""
     settings = dict(settings)
     if "max_new_tokens" in settings:
         if "max_tokens" in settings:
@@ -197,7 +200,7 @@ def sampling_params(settings: dict[str, Any]) -> SamplingParams:
         settings["max_tokens"] = settings.pop("max_new_tokens")
     if isinstance(settings.get("stop"), str):
         settings["stop"] = (settings["stop"],)
-    return SamplingParams(**_known(settings, SamplingParams))
+    return SamplingParams(**{**(defaults or {}), **_known(settings, SamplingParams)})
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -239,4 +242,5 @@ def _generated(parts: list[Delta], prompt_tokens: int) -> Generated:
         last.finish,
         last.stop,
         tuple(one for part in parts for one in part.logprobs),
+        parts[0].prompt_logprobs,
     )

@@ -36,6 +36,7 @@ _INTEGERS = {
 _OPTIONAL_INTEGERS = {
     "seed": (-(2**63), 2**63 - 1),
     "logprobs": (0, MOST_LOGPROBS),
+    "prompt_logprobs": (0, MOST_LOGPROBS),
     "best_of": (1, MOST_SAMPLES),
 }
 # A repetition penalty and a top_p of 0 would divide by zero and leave no token.
@@ -85,6 +86,8 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     """None: no log probabilities. Else the chosen token's, and those of this many of the likeliest."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens but for the first. Such a prompt is computed whole, whatever is cached."""
     n: int = 1
     best_of: int | None = None
     """Draw this many sequences, of which the caller keeps the n likeliest. None: n."""
@@ -96,6 +99,8 @@ class SamplingParams:
     min_tokens: int = 0
     """Generated tokens (the prompt does not count) before an end-of-text or stop token counts."""
     max_tokens: int = 16
+    skip_special_tokens: bool = True
+    """False: the text has special tokens too, but for those that end it."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGERS.items():
@@ -105,8 +110,9 @@ class SamplingParams:
                 _integer(name, getattr(self, name), low, high)
         for name, (low, high) in _FLOATS.items():
             object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {_shown(self.ignore_eos)}: give true or false")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {_shown(getattr(self, name))}: give true or false")
         if self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is over max_tokens {self.max_tokens}")
         if self.best_of is not None and self.best_of < self.n:

@@ -18,7 +18,8 @@ from .decodes import Decodes
 from .drafts import Guess
 from .memory import read_rate
 from .outputs import TokenLogprob
-from .paged import KVPool, PagedCache
+from .paged import KVPool, PagedCache, sent
+from .prompt_logprobs import prompt_rows, read_prompt_rows
 from .request import Key
 from .sample_state import GREEDY, SampleState
 from .sampling import Row, Sampled, SamplingBatch, sample_batch
@@ -114,39 +115,51 @@ class Runner:
         """
         self.pool.copy(step.copies)
         wanted = _wanted(step.slices, states or {}, guesses or {})
-        out = self._pass(step, [at for one in wanted for at in range(one.at, one.at + one.count)])
+        prompts = prompt_rows(step.slices, states or {})
+        rows = [at for one in wanted for at in range(one.at, one.at + one.count)]
+        out = self._pass(step, rows + [at for one in prompts for at in one.at])
         assert out.logits_BSV is not None
-        read = _draw(out.logits_BSV[0], wanted, out.routes) if wanted else None
+        logits_RV, told_RV = out.logits_BSV[0].tensor_split([len(rows)])
+        read = _draw(logits_RV, wanted, out.routes) if wanted else None
+        counts = self._count(out.routes) if loads else None
 
         def end() -> Ran:
             ran = Ran()
             with torch.inference_mode():
+                if prompts:
+                    read_prompt_rows(told_RV, prompts)
                 if read is not None:
                     read(ran)
-                if loads:
-                    ran.loads = self._loads(out.routes)
+                if counts is not None:
+                    ran.loads = self._loads(counts)
             return ran
 
         return end
 
     def _pass(self, step: Step, rows: list[int]) -> Output:
         """The model on a step, with logits of these of its tokens."""
-        whole = len(rows) == step.tokens
+        whole = rows == list(range(step.tokens))
         out = self.decodes.run(step.slices) if whole else None
         if out is None:
             tokens_1T, positions_1T = self.cache.begin(step.slices)
-            rows_R = None if whole else torch.tensor(rows, dtype=torch.int64).to(self.device)
+            rows_R = None if whole else sent(torch.tensor(rows, dtype=torch.int64), self.device)
             out = self.model(tokens_1T, positions_1T, cache=self.cache, rows_R=rows_R)
         return out
 
-    def _loads(self, routes: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
+    def _count(self, routes: tuple[Tensor, ...]) -> Tensor | None:
+        """Assignments of each expert of each layer, (L * E,); nothing waits for the device."""
         if not routes:
-            return ()
+            return None
+        most = max(moe.num_experts for moe in self.model.moe_layers)
+        first_L11 = most * torch.arange(len(routes), device=routes[0].device)[:, None, None]
+        ids_A = (torch.stack(routes) + first_L11).flatten()
+        counts = torch.zeros(most * len(routes), dtype=torch.int64, device=ids_A.device)
+        return counts.scatter_add_(0, ids_A, torch.ones_like(ids_A))
+
+    def _loads(self, counts: Tensor) -> tuple[tuple[int, ...], ...]:
         experts = [moe.num_experts for moe in self.model.moe_layers]
-        most = max(experts)
-        ids_LTK = torch.stack(routes) + most * torch.arange(len(routes), device=routes[0].device)[:, None, None]
-        counts = torch.bincount(ids_LTK.flatten(), minlength=most * len(routes)).tolist()
-        return tuple(tuple(counts[i * most : i * most + count]) for i, count in enumerate(experts))
+        rows = counts.view(len(experts), -1).tolist()
+        return tuple(tuple(row[:count]) for row, count in zip(rows, experts, strict=True))
 
 
 def _wanted(
@@ -176,13 +189,13 @@ class _Drawn:
 
     def read(self, ran: Ran) -> None:
         """Puts what was drawn into `ran`."""
-        chosen = accept_drawn([one.drafts for one in self.wanted], self.drawn)
+        ids, ok = self.drawn.read()
+        chosen = accept_drawn([one.drafts for one in self.wanted], ids, ok)
         for i, one in enumerate(self.wanted):
             if one.probs_DV is not None:
                 part_RV = self.logits_RV[one.first : one.first + one.count]
                 batch = SamplingBatch(self.rows[one.first : one.first + one.count])
                 chosen[i] = accept([one.drafts], part_RV, batch, one.probs_DV)[0]
-        ok = self.drawn.ok_B.tolist()
         tell = _Teller(self.logits_RV, self.drawn, self.wanted, self.routes)
         for one, tokens in zip(self.wanted, chosen, strict=True):
             key, rows = one.piece.key, self.rows[one.first : one.first + one.count]

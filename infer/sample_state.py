@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
+from .outputs import TokenLogprob
 from .penalties import History, penalised
 from .request import SamplingParams
 from .sampling import Row
@@ -28,6 +29,20 @@ class Matcher(Protocol):
 
 
 @dataclass(slots=True, eq=False)
+class PromptLogprobs:
+    """Of the tokens of one prompt, but for the first; shared by all samples of a request.
+
+    Attributes:
+        most: likeliest others that are told of each.
+        told: one each so far, from the second token on.
+    """
+
+    tokens: tuple[int, ...]
+    most: int
+    told: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
 class SampleState:
     """What the runner must know of one sequence to draw its tokens.
 
@@ -37,6 +52,7 @@ class SampleState:
         prompt_length: tokens before the first generated one.
         ends: tokens that end the sequence, banned before `min_tokens` are generated.
         routes: whether to tell which experts computed each token.
+        prompt: what is told of the prompt's tokens; None: nothing.
     """
 
     settings: SamplingParams
@@ -46,6 +62,7 @@ class SampleState:
     history: History | None = None
     matcher: Matcher | None = None
     routes: bool = False
+    prompt: PromptLogprobs | None = None
 
     @classmethod
     def of(
@@ -57,11 +74,12 @@ class SampleState:
         eos_ids: Sequence[int] = (),
         matcher: Matcher | None = None,
         routes: bool = False,
+        told: PromptLogprobs | None = None,
     ) -> SampleState:
         """The state of a sequence that has generated nothing."""
         ends = settings.stop_token_ids if settings.ignore_eos else (*settings.stop_token_ids, *eos_ids)
         history = History(prompt) if penalised(settings) else None
-        return cls(settings, seed, len(prompt), tuple(dict.fromkeys(ends)), history, matcher, routes)
+        return cls(settings, seed, len(prompt), tuple(dict.fromkeys(ends)), history, matcher, routes, told)
 
     def row(self, generated: int, drafts: tuple[int, ...] = ()) -> Row:
         """What decides the token after `generated` tokens and, beyond these, `drafts`."""

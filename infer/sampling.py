@@ -66,6 +66,11 @@ class Sampled:
     top_ids_BN: Tensor
     top_logprobs_BN: Tensor
 
+    def read(self) -> tuple[list[int], list[bool]]:
+        """ids and ok on the host, in one copy; it waits for the device."""
+        ids, ok = torch.stack((self.ids_B, self.ok_B)).tolist()
+        return ids, list(map(bool, ok))
+
 
 def is_greedy(asked: SamplingParams) -> bool:
     """Whether these settings leave nothing to chance."""
@@ -158,13 +163,19 @@ def _told(logits_BV: Tensor, ids_B: Tensor, drawn_B: Tensor, batch: SamplingBatc
     if asked:
         rows_R = torch.tensor(list(asked), device=device)
         raw_RV = logits_BV.float() if len(asked) == size else logits_BV[rows_R].float()
-        sum_R1 = whole_numbers(raw_RV).sum(dim=-1, keepdim=True, dtype=torch.float64)
-        log_sum_R1 = raw_RV.amax(dim=-1, keepdim=True) + (sum_R1 / ONE).log().float()
-        logprobs_B[rows_R] = (raw_RV.gather(1, ids_B[rows_R, None]) - log_sum_R1)[:, 0]
-        if most:
-            best_RN, top_ids_BN[rows_R] = largest(raw_RV, most)
-            top_logprobs_BN[rows_R] = best_RN - log_sum_R1
+        logprobs_B[rows_R], top_ids_BN[rows_R], top_logprobs_BN[rows_R] = told_logprobs(raw_RV, ids_B[rows_R], most)
     return logprobs_B, drawn_B, top_ids_BN, top_logprobs_BN
+
+
+def told_logprobs(raw_RV: Tensor, ids_R: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ln of the probabilities of these tokens, (R,); the ids of the likeliest ones, (R, most), and theirs."""
+    sum_R1 = whole_numbers(raw_RV).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    log_sum_R1 = raw_RV.amax(dim=-1, keepdim=True) + (sum_R1 / ONE).log().float()
+    logprobs_R = (raw_RV.gather(1, ids_R[:, None]) - log_sum_R1)[:, 0]
+    if not most:
+        return logprobs_R, ids_R.new_zeros((len(ids_R), 0)), raw_RV.new_zeros((len(ids_R), 0))
+    best_RN, top_ids_RN = largest(raw_RV, most)
+    return logprobs_R, top_ids_RN, best_RN - log_sum_R1
 
 
 def draw(w_RK: Tensor, u_R1: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from .blocks import BlockPool, Copy
 from .request import FinishReason, Key, Request, State
 from .roster import Roster, age
-from .step import STATIC_BUDGET, Event, Result, SchedulerConfig, Slice, Step
+from .step import PACE, STATIC_BUDGET, Due, Event, Result, SchedulerConfig, Slice, Step
 
+PROMPT_ROWS = 256
+"""Tokens of a step whose prompts' logits are wanted: each takes a row of the vocabulary's size."""
 FOR_PROMPTS = 16
 """Tokens of a step that guesses leave to prompts which wait."""
 
@@ -29,6 +31,7 @@ class _Plan:
     number: int
     left: int
     slots: int
+    rows: int = PROMPT_ROWS
     slices: list[tuple[Request, Slice]] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     preempted: list[Key] = field(default_factory=list)
@@ -36,6 +39,11 @@ class _Plan:
     @property
     def full(self) -> bool:
         return self.left < 1 or self.slots < 1
+
+    def fit(self, request: Request, count: int) -> int:
+        """How many of so many prompt tokens there is room for."""
+        asked = request.params.prompt_logprobs is not None
+        return min(count, self.left, self.rows) if asked else min(count, self.left)
 
     def take(self, request: Request, count: int, copies: list[Copy]) -> None:
         assert request.table is not None
@@ -47,6 +55,8 @@ class _Plan:
         self.slices.append((request, piece))
         self.copies += copies
         self.left -= count
+        if request.params.prompt_logprobs is not None and start < len(request.prompt):
+            self.rows -= count
         self.slots -= 1
         request.served = self.number
 
@@ -105,7 +115,7 @@ class Scheduler:
         running = self.roster.running.values()
         decodes = sorted((r for r in running if r.decoding), key=lambda r: (r.served, r.order))
         prompts = sorted((r for r in running if not r.decoding), key=age)
-        plan = _Plan(self._steps, self._budget(decodes), self.config.max_sequences)
+        plan = _Plan(self._steps, self._budget(decodes, prompts, now), self.config.max_sequences)
         if self.config.policy != "prefill_first":
             self._decode(plan, decodes, FOR_PROMPTS if prompts or self.roster.waiting else 0)
         if self.config.policy != "prefill_first" or not decodes or self._patient():
@@ -120,7 +130,7 @@ class Scheduler:
         self._flight = step, plan.slices
         return step
 
-    def _budget(self, decodes: list[Request]) -> int:
+    def _budget(self, decodes: list[Request], prompts: list[Request], now: float) -> int:
         config = self.config
         if config.policy == "static":
             tokens = STATIC_BUDGET
@@ -129,8 +139,15 @@ class Scheduler:
         elif isinstance(config.budget, int):
             tokens = config.budget
         else:
-            tokens = config.budget(len(decodes), sum(r.total for r in decodes))
+            tokens = config.budget(len(decodes), sum(r.total for r in decodes), self._due(prompts, now))
         return max(1, min(tokens, config.max_step_tokens))
+
+    def _due(self, prompts: list[Request], now: float) -> list[Due]:
+        ahead, due = 0, []
+        for request in (*prompts, *self.roster.waiting[: self.config.lookahead]):
+            ahead += request.total - request.computed
+            due.append((ahead, request.arrival + len(request.prompt) / PACE - now))
+        return due
 
     def _patient(self) -> bool:
         """Under prefill_first: whether the decodes can wait once more."""
@@ -171,8 +188,9 @@ class Scheduler:
         for request in prompts:
             if plan.full:
                 return
-            if request.state is State.RUNNING:
-                plan.take(request, min(request.total - request.computed, plan.left), [])
+            count = plan.fit(request, request.total - request.computed)
+            if request.state is State.RUNNING and count:
+                plan.take(request, count, [])
 
     def _admit(self, plan: _Plan, now: float) -> None:
         """Begins those waiting, oldest first. One that does not fit lets a bounded number of younger ones pass."""
@@ -195,8 +213,9 @@ class Scheduler:
         """Gives a waiting sequence blocks for all its tokens and its first slice, or leaves all as it was."""
         table = request.table
         assert table is not None
-        cached = table.reuse(request.tokens)
-        count = self._cut(plan, len(request.tokens) - cached)
+        # Logits of what is cached were never kept.
+        cached = 0 if request.params.prompt_logprobs is not None else table.reuse(request.tokens)
+        count = self._cut(plan, request, len(request.tokens) - cached)
         # Room for those running to go on for a while: else the newcomer would be preempted at once.
         headroom = min(len(self.roster.running), self.pool.count // 16)
         needed = table.needs(cached, len(request.tokens))
@@ -212,10 +231,10 @@ class Scheduler:
         plan.take(request, count, copies)
         return True
 
-    def _cut(self, plan: _Plan, tokens: int) -> int:
+    def _cut(self, plan: _Plan, request: Request, tokens: int) -> int:
         """How many of a new prompt's tokens go into this step; 0: it waits for one with more room."""
         whole = self.config.policy in ("prefill_first", "no_chunk") and tokens <= self.config.max_step_tokens
-        return 0 if whole and tokens > plan.left else min(tokens, plan.left)
+        return 0 if whole and tokens > plan.left else plan.fit(request, tokens)
 
     def commit(self, step: Step, results: Mapping[Key, Result]) -> list[Event]:
         """Takes in what the runner found for the slices that want logits.

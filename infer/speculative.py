@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .counter import ACCEPT, DRAFT, SAMPLE
-from .sampling import Row, Sampled, SamplingBatch, distribution, draw, sample_batch
+from .sampling import Row, SamplingBatch, distribution, draw, sample_batch
 from .truncate import ONE
 
 
@@ -57,7 +57,7 @@ def accept(
             f"{total} drafts of {len(drafts)} requests need {total + len(drafts)} rows, not {len(logits_RV)}"
         )
     if draft_probs_DV is None:
-        return accept_drawn(drafts, sample_batch(logits_RV, batch))
+        return accept_drawn(drafts, *sample_batch(logits_RV, batch).read())
     if draft_probs_DV.shape != (total, logits_RV.shape[1]):
         raise ValueError(f"draft_probs of shape {list(draft_probs_DV.shape)} do not fit {total} drafts")
     return _leviathan(drafts, logits_RV, batch, draft_probs_DV)
@@ -81,22 +81,23 @@ def _leviathan(
     # Nothing is left where p and q differ by rounding alone.
     instead_RV = instead_RV.where(instead_RV.sum(dim=-1, keepdim=True) > 0, w_RV)
     ids_R, drawn_R = draw(instead_RV, batch.uniform(every, SAMPLE, device))
-    found = iter(accepted_D)
-    return _joined(drafts, [[next(found) for _ in mine] for mine in drafts], ids_R, ~drawn_R.isnan())
+    found, ok = iter(accepted_D), (~drawn_R.isnan()).tolist()
+    return _joined(drafts, [[next(found) for _ in mine] for mine in drafts], ids_R.tolist(), ok)
 
 
-def accept_drawn(drafts: Sequence[Sequence[int]], drawn: Sampled) -> list[list[int]]:
-    """`accept` without draft_probs_DV, of rows that are drawn already: for who needs their logprobs too."""
-    tokens, ok = drawn.ids_B.tolist(), drawn.ok_B.tolist()
+def accept_drawn(drafts: Sequence[Sequence[int]], tokens: Sequence[int], ok: Sequence[bool]) -> list[list[int]]:
+    """`accept` without draft_probs_DV, of rows that are drawn already (`Sampled.read`)."""
     taken = [
         [ok[first + i] and tokens[first + i] == draft for i, draft in enumerate(mine)]
         for first, mine in _firsts(drafts)
     ]
-    return _joined(drafts, taken, drawn.ids_B, drawn.ok_B)
+    return _joined(drafts, taken, tokens, ok)
 
 
-def _joined(drafts: Sequence[Sequence[int]], taken: list[list[bool]], ids_R: Tensor, ok_R: Tensor) -> list[list[int]]:
-    tokens, ok, out = ids_R.tolist(), ok_R.tolist(), []
+def _joined(
+    drafts: Sequence[Sequence[int]], taken: list[list[bool]], tokens: Sequence[int], ok: Sequence[bool]
+) -> list[list[int]]:
+    out = []
     for (first, mine), yes in zip(_firsts(drafts), taken, strict=True):
         many = [*yes, False].index(False)
         last = first + many

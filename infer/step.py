@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,8 +10,12 @@ from .blocks import Copy
 from .request import FinishReason, Key
 
 Policy = Literal["splitfuse", "static", "prefill_first", "no_chunk"]
-Budget = Callable[[int, int], int]
-"""(decoding sequences, the tokens of context that they attend to) -> tokens for this step, decodes included."""
+Due = tuple[int, float]
+"""Of a prompt: the tokens to be computed until it is done, those before it included, and seconds until it is late."""
+Budget = Callable[[int, int, Sequence[Due]], int]
+"""(decoding sequences, the tokens of context that they attend to, prompts) -> tokens of this step, decodes too."""
+PACE = 512
+"""Prompt tokens a second that a client expects: what comes later is late (DeepSpeed-FastGen, section 4)."""
 
 STATIC_BUDGET = 768
 """DeepSpeed-FastGen's max_ragged_batch_size."""

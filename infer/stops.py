@@ -92,7 +92,7 @@ def _borders(stop: str) -> list[int]:
 class StoppingText:
     """The text of one request, token by token.
 
-    Special tokens have no text; a character whose bytes are not all there waits (see `TextStream`).
+    A character whose bytes are not all there waits (see `TextStream`).
 
     Attributes:
         stopped: the stop string that was found; None: none was.
@@ -106,6 +106,7 @@ class StoppingText:
         before: Iterable[int] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        skip_special: bool = True,
     ) -> None:
         """Args:
             tokenizer: of the model.
@@ -113,11 +114,12 @@ class StoppingText:
             before: ids of the prompt.
             include_stop: whether the text ends with the stop string or before it.
             min_tokens: a stop string that is complete with fewer tokens than this does not count.
+            skip_special: whether special tokens have no text.
 
         Raises:
             ValueError: a stop string is empty.
         """
-        self._stream = TextStream(tokenizer, before)
+        self._stream = TextStream(tokenizer, before, skip_special=skip_special)
         self._matcher = StopMatcher(stops, include=include_stop)
         self._unwatched = max(0, min_tokens - 1)  # the token that makes up the minimum may end the text
 

@@ -20,8 +20,8 @@ from .grouped_gemm_triton import INTERPRETED
 MOST_TOKENS = 16
 """For more of them the grouped product reads each weight as seldom, and its tiles are fuller."""
 _ROWS = 16  # what one tensor-core instruction takes; fewer tokens leave some of them empty
-_UP = (16, 16) if INTERPRETED else (32, 128)  # BLOCK_F, BLOCK_D: columns, and the depth of one step
-_DOWN = (16, 16) if INTERPRETED else (32, 128)  # BLOCK_D, BLOCK_F
+UP = DOWN = (16, 16, 4, 2) if INTERPRETED else (32, 128, 4, 3)
+"""Of the two launches: columns of a program, the depth of one step, warps, and stages in flight."""
 
 
 @jit
@@ -202,23 +202,25 @@ def expert_decode_triton(
     a_AF, y_TD = x_TD.new_empty(rows, hidden), torch.empty_like(x_TD)
     part_AD = x_TD.new_empty(rows, dim, dtype=torch.float32)
     shape = {"D": dim, "F": hidden, "K": choices, "BLOCK_T": _ROWS, "BLOCK_A": triton.next_power_of_2(rows)}
-    columns, tiles = triton.cdiv(hidden, _UP[0]), triton.cdiv(dim, _DOWN[0])
+    columns, tiles = triton.cdiv(hidden, UP[0]), triton.cdiv(dim, DOWN[0])
     _up_kernel[(rows, columns)](
         *(x_TD, ids_TK, w_in_END, b_in_EN, a_AF, rows),
         **shape,
         GATED=activation == "swiglu",
         HAS_BIAS=b_in_EN is not None,
-        BLOCK_F=_UP[0],
-        BLOCK_D=_UP[1],
-        num_warps=4,
+        BLOCK_F=UP[0],
+        BLOCK_D=UP[1],
+        num_warps=UP[2],
+        num_stages=UP[3],
     )
     _down_kernel[(rows, tiles)](
         *(a_AF, ids_TK, weights_TK, w_out_EDF, b_out_ED, part_AD, _counter(x_TD.device, tiles), y_TD, rows),
         **shape,
         HAS_BIAS=b_out_ED is not None,
         HAS_WEIGHTS=weights_TK is not None,
-        BLOCK_D=_DOWN[0],
-        BLOCK_F=_DOWN[1],
-        num_warps=4,
+        BLOCK_D=DOWN[0],
+        BLOCK_F=DOWN[1],
+        num_warps=DOWN[2],
+        num_stages=DOWN[3],
     )
     return y_TD

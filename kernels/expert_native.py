@@ -16,6 +16,7 @@ from . import native
 
 _AT_ONCE = 2048  # tokens: more of them take turns, so that what they need in between stays small
 _GAPS = 8 * 64
+_GROUP, _PART = 16, 512  # rows: tiles.h, plan.h
 
 
 def ready(x: Tensor, *weights: Tensor | None) -> bool:
@@ -80,8 +81,11 @@ def _call(
     _check(x, parameters, count * hidden, parts, dim)
     y, tokens = torch.empty_like(x), x.numel() // max(dim, 1)
     rows = min(tokens, _AT_ONCE) * choices
-    # As experts.cpp divides it: offsets of experts, plan of the rows, hidden rows, and outputs in fp32.
-    room = x.new_empty(_GAPS + 8 * (count + 1) + rows * (32 + hidden * x.element_size() + dim * 4), dtype=torch.uint8)
+    # As experts.cpp divides it: offsets of experts, plan of the rows, outputs in fp32, and hidden rows; tiles have
+    # inputs and hidden rows in groups, of which each part of an expert begins its own.
+    packed = 0 if x.dtype == torch.float32 else (rows // _GROUP + min(rows, count + rows // _PART)) * _GROUP
+    inner = max(rows * hidden, packed * (dim + hidden)) * x.element_size()
+    room = x.new_empty(_GAPS + 8 * (count + 1) + rows * (40 + dim * 4) + inner, dtype=torch.uint8)
     failed = _functions()[x.dtype](
         x.data_ptr(),
         None if ids_TK is None else ids_TK.data_ptr(),

@@ -13,14 +13,14 @@ from .backend import jit, on_device, tl, triton
 
 
 @jit
-def _order(values):
+def order(values):
     """fp32 as int32 of the same order. The least int32 is no number's: it marks what cannot be chosen."""
     bits = values.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @jit
-def _take_best(keys_TN, N: tl.constexpr):
+def take_best(keys_TN, N: tl.constexpr):
     """The lowest column of each row's largest key, and the keys with it closed."""
     column_N = tl.arange(0, N)[None, :]
     best_T = tl.max(keys_TN, 1)
@@ -29,7 +29,7 @@ def _take_best(keys_TN, N: tl.constexpr):
 
 
 @jit
-def _open_groups(
+def open_groups(
     select_TC,
     G: tl.constexpr,
     M: tl.constexpr,
@@ -46,10 +46,10 @@ def _open_groups(
     if M > 1:
         first_TP = tl.min(tl.where(select_TPQ == best_TP[:, :, None], member_Q, Q - 1), 2)
         best_TP += tl.max(tl.where(member_Q == first_TP[:, :, None], float("-inf"), select_TPQ), 2)
-    keys_TP = tl.where(group_P < G, _order(best_TP), -0x80000000)
+    keys_TP = tl.where(group_P < G, order(best_TP), -0x80000000)
     open_TP = tl.zeros_like(keys_TP)
     for _ in range(TOPK):
-        chosen_T, keys_TP = _take_best(keys_TP, P)
+        chosen_T, keys_TP = take_best(keys_TP, P)
         open_TP = tl.where(group_P == chosen_T[:, None], 1, open_TP)
     open_TPQ = tl.broadcast_to(open_TP[:, :, None], (BLOCK_T, P, Q))
     return tl.reshape(open_TPQ, (BLOCK_T, P * Q)) > 0
@@ -101,16 +101,16 @@ def _gate_kernel(
         select = scores
         if bias_E is not None:
             select += tl.load(bias_E + expert_C, mask=real_C, other=0.0)[None, :]
-        keys = tl.where(real_C[None, :], _order(select), -0x80000000)
+        keys = tl.where(real_C[None, :], order(select), -0x80000000)
         if G > 1:
             select = tl.where(real_C[None, :], select, float("-inf"))
-            keys = tl.where(_open_groups(select, G, M, TOPK_GROUPS, P, Q, BLOCK_T), keys, -0x80000000)
+            keys = tl.where(open_groups(select, G, M, TOPK_GROUPS, P, Q, BLOCK_T), keys, -0x80000000)
 
     load_C = tl.zeros((P * Q,), tl.int32)
     for k in range(K):
         at_T = token_T * K + k
         if replay_TK is None:
-            chosen_T, keys = _take_best(keys, P * Q)
+            chosen_T, keys = take_best(keys, P * Q)
             id_T = (chosen_T // Q * M + chosen_T % Q).to(tl.int64)
         else:
             id_T = tl.load(replay_TK + at_T, mask=row_T, other=-1)
@@ -158,7 +158,7 @@ def _gate_backward_kernel(
     tl.store(dlogits_TE + at_TC, dlogits, mask=mask_TC)
 
 
-def _block(columns: int) -> int:
+def tokens_at_once(columns: int) -> int:
     return max(1, min(64, 2048 // columns))
 
 
@@ -182,7 +182,7 @@ def gate_triton(
     if tokens == 0:
         return scores_TE, weights_TK, chosen_TK, counts_E
     P, Q = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)
-    block = _block(P * Q)
+    block = tokens_at_once(P * Q)
     _gate_kernel[(triton.cdiv(tokens, block),)](
         logits_TE.contiguous(),
         None if bias_E is None else bias_E.contiguous(),
@@ -215,7 +215,7 @@ def gate_backward_triton(
     if tokens == 0:
         return dlogits_TE
     columns = triton.next_power_of_2(experts)
-    block = _block(columns)
+    block = tokens_at_once(columns)
     _gate_backward_kernel[(triton.cdiv(tokens, block),)](
         scores_TE,
         ids_TK,

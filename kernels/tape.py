@@ -85,7 +85,8 @@ class Graph(Generic[T]):
             with torch.cuda.stream(beside):  # kernels are compiled and tables made before the recording
                 step()
             torch.cuda.current_stream().wait_stream(beside)
-            with torch.cuda.graph(self._graph, pool=arena.graphs()):
+            # What other threads ask of the device meanwhile is their own.
+            with torch.cuda.graph(self._graph, pool=arena.graphs(), capture_error_mode="thread_local"):
                 self.output = step()
         self._graph.replay()  # a capture computes nothing
 

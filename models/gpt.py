@@ -213,7 +213,7 @@ class GPT(nn.Module):
                 routings.append(routing)
         x_BSD = x_BSD if rows_R is None else x_BSD.flatten(0, 1)[rows_R][None]
         logits, lm = self._head(x_BSD, targets_BS, logits_to_keep)
-        if cache is None or cache.losses or not native.ready(x_BSD):
+        if cache is None or cache.losses or not torch.is_inference_mode_enabled():
             zero = x_BSD.new_zeros((), dtype=torch.float32)
             aux, z = self._aux(routings, zero), sum((r.z for r in routings), zero)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import tokenizers
@@ -82,6 +83,26 @@ class Tokenizer:
         """Ids of a text; no token is added at either end."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, as the tokenizer.json writes it, and its id."""
+        return self._inner.get_vocab(with_added_tokens=True)
+
+    def encode_parts(self, parts: Sequence[str]) -> list[int]:
+        """Ids of texts that follow each other; no token, and no special one, reaches from one into the next."""
+        eos, behind = self._inner.id_to_token(self.eos_id) or "", self._inner.get_added_tokens_decoder()
+        ids = self.encode(parts[0])
+        for part in parts[1:]:
+            # Some tokenizers put a space before what begins a text, but not behind a special token.
+            found = self.encode(eos + part)
+            led = found[:1] == [self.eos_id] and self.eos_id in behind and not behind[self.eos_id].rstrip
+            ids += found[1:] if led else self.encode(part)
+        return ids
+
+    @property
+    def special_texts(self) -> list[str]:
+        """Texts that `encode` takes for special tokens."""
+        return [one.content for one in self._inner.get_added_tokens_decoder().values() if one.special]
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that a model goes on with: those of `encode` after the tokens that the tokenizer's own
         template begins every text with, such as Llama's <s>."""
@@ -138,16 +159,16 @@ class TextStream:
     `before`: ids of the text that they go on with: some tokenizers leave out a space where a text begins.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = (), *, skip_special: bool = True) -> None:
+        self._decode = partial(tokenizer.decode, skip_special=skip_special)
         # The last ids, which decide how the next piece begins, and how many characters of their text were told.
         self._ids = list(before)[-_CONTEXT:]
-        self._told = len(tokenizer.decode(self._ids)) if self._ids else 0
+        self._told = len(self._decode(self._ids)) if self._ids else 0
 
     def push(self, token: int) -> str:
         """The text that is certain with this id, often "" in the middle of a character."""
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
+        text = self._decode(self._ids)
         open_ = 0
         while open_ < _OPEN and text.endswith(_UNKNOWN, 0, len(text) - open_):
             open_ += 1
@@ -157,12 +178,12 @@ class TextStream:
         if len(self._ids) > 2 * _CONTEXT:
             self._ids = self._ids[-_CONTEXT:]
             left = len(text) - self._told
-            self._told = max(0, len(self._tokenizer.decode(self._ids)) - left)
+            self._told = max(0, len(self._decode(self._ids)) - left)
         return piece
 
     def finish(self) -> str:
         """What is left, with U+FFFD for bytes that never made a character."""
-        text = self._tokenizer.decode(self._ids)
+        text = self._decode(self._ids)
         piece, self._told = text[self._told :], len(text)
         return piece
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ..parallel.tensor import local_part
+from ..parallel.tensor import is_cut, local_part
 from .config import ModelConfig
 from .config_file import MODEL_TYPE, config_to_dict
 from .files import is_there, read_json
@@ -73,7 +72,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def _gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        whole = tensor.full_tensor() if is_cut(tensor) else tensor.detach()  # type: ignore[attr-defined]
         if _first():
             state[name] = whole.to("cpu", copy=True).contiguous()
     return state

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import gate_native
+from ..kernels import gate_native, route_triton
 from ..kernels.gate import Gated, gate
 from ..kernels.linear import linear
 from ..kernels.permute import plan_rows
@@ -118,8 +118,11 @@ class Gate(nn.Module):
             losses: False leaves aux, z and the entropy at 0, as generation reads none of them.
         """
         asked = valid_T is None and replay_TK is None
-        if asked and not losses and self._is_plain() and gate_native.ready(x_TD, self.weight, self.bias_E):
-            return self._infer(x_TD)
+        if asked and not losses and self._is_plain():
+            if gate_native.ready(x_TD, self.weight, self.bias_E):
+                return self._infer(gate_native.route, x_TD)
+            if route_triton.ready(x_TD, self.weight):
+                return self._infer(route_triton.route, x_TD)
         if generator is None:
             generator = self._own_generator(x_TD.device, replaying=replay_TK is not None)
         logits_TE = self._logits(x_TD, generator)
@@ -140,9 +143,9 @@ class Gate(nn.Module):
         """No noise and no drops: the choice is a function of the token alone."""
         return not self.training and self.config.eval_capacity_factor is None
 
-    def _infer(self, x_TD: Tensor) -> Routing:
+    def _infer(self, route: Callable[..., tuple[Tensor, Tensor, Tensor]], x_TD: Tensor) -> Routing:
         config = self.config
-        ids_TK, weights_TK, counts_E = gate_native.route(
+        ids_TK, weights_TK, counts_E = route(
             x_TD,
             self.weight,
             self.bias_E,

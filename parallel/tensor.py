@@ -5,13 +5,13 @@ Shapes: P ranks of a group, B sequences, S positions in all, s = S / P of one ra
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .collectives import all_reduce_sum
 
@@ -22,9 +22,15 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def is_cut(tensor: Any) -> bool:
+    """Whether this is a DTensor. Its module takes half a second to import: where nobody has, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """The local values of a tensor that a mesh has cut, shared with it: writing to them writes to it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def gather_sequence(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -13,11 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from .chat_protocol import ChatRequest
 from .errors import ApiError, encode
 from .limits import Bodies, Life, Limits
 from .metrics import Metrics
 from .page import router
-from .protocol import ChatRequest, CompletionRequest, ErrorBody
+from .protocol import CompletionRequest, ErrorBody
 from .security import Guard, Inside, KeyRing
 from .service import Service
 from .settings import ServerSettings, load_keys

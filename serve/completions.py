@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
-from ..infer.outputs import TokenLogprob
+from ..infer.outputs import Delta, TokenLogprob
 from ..models.tokenizer import TextStream
 from .flight import Piece
 from .protocol import CompletionRequest
@@ -27,6 +28,22 @@ class CompletionShape(Shape):
     """What /v1/completions answers."""
 
     object = chunk_object = "text_completion"
+
+    def chunk(self, piece: Piece) -> list[dict[str, Any]]:
+        """See `Shape`."""
+        return super().chunk(self._heard(piece))
+
+    def add(self, piece: Piece) -> None:
+        """See `Shape`."""
+        super().add(self._heard(piece))
+
+    def _heard(self, piece: Piece) -> Piece:
+        """With max_tokens 0 what was generated is not told."""
+        if self.request.max_tokens != 0 or piece.delta.finish not in (None, "stop", "length"):
+            return piece
+        finish = None if piece.delta.finish is None else "length"
+        nothing = {"text": "", "tokens": (), "logprobs": (), "routes": (), "finish": finish, "generated": 0}
+        return piece._replace(delta=replace(piece.delta, **nothing))
 
     def part(self, index: int, choice: Choice, piece: Piece, logprobs: list[Any]) -> list[list[dict[str, Any]]]:
         """One chunk, of one choice. With echo the first one begins with the prompt."""
@@ -64,20 +81,38 @@ class CompletionShape(Shape):
             return choice.prompt.text or ""
         return self.tokenizer.decode(choice.prompt.tokens, skip_special=False)
 
+    def before(self, choice: Choice, delta: Delta) -> list[Any]:
+        """The prompt's tokens, where it is echoed with logprobs: nothing says how likely the first one is."""
+        request, tokens = cast("CompletionRequest", self.request), choice.prompt.tokens
+        if not request.echo or request.logprobs is None:
+            return []
+        stream = None
+        if self.tokenizer is not None:  # as the echo: special tokens have a text where the prompt was sent as tokens
+            stream = TextStream(self.tokenizer, skip_special=choice.prompt.text is not None)
+        found: list[Any] = []
+        for token, one in zip(tokens, (None, *delta.prompt_logprobs), strict=False):
+            text, offset = self.token_text(token), choice.offset
+            choice.offset += 0 if stream is None else len(stream.push(token))
+            found.append((text, None, None, offset) if one is None else (*self._told(text, one), offset))
+        choice.offset = len(self._echo(choice))
+        return found
+
     def logprob(self, choice: Choice, one: TokenLogprob) -> tuple[str, float, dict[str, float], int]:
         """The token's text, its logprob, the likeliest others', and where in the text it begins."""
-        top = {self.token_text(token): max(LEAST, logprob) for token, logprob in one.top}
-        text = self.token_text(one.token)
-        if one.top:
-            top.setdefault(text, max(LEAST, one.logprob))
-        offset = choice.offset
+        text, offset = self.token_text(one.token), choice.offset
         if self.tokenizer is not None:
             choice.stream = choice.stream or TextStream(self.tokenizer, choice.prompt.tokens[-_BEFORE:])
             choice.offset += len(choice.stream.push(one.token))
-        return text, max(LEAST, one.logprob), top, offset
+        return *self._told(text, one), offset
+
+    def _told(self, text: str, one: TokenLogprob) -> tuple[str, float, dict[str, float]]:
+        top = {self.token_text(token): max(LEAST, logprob) for token, logprob in one.top}
+        if one.top:
+            top.setdefault(text, max(LEAST, one.logprob))
+        return text, max(LEAST, one.logprob), top
 
 
 def _lists(logprobs: list[Any]) -> dict[str, Any]:
     tokens, values, tops, offsets = (list(column) for column in zip(*logprobs, strict=True))
-    shown = tops if any(tops) else None
+    shown = None if {} in tops else tops
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": shown, "text_offset": offsets}

@@ -25,7 +25,7 @@ _HINTS = {
     "prompt": "give a text, token ids, or a list of either",
     "stop": "give a string or a list of strings",
     "messages": "give a list of messages, each with a role and a content",
-    "tool_choice": 'give "none" or "auto"',
+    "tool_choice": 'give "none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
     "response_format": "give an object whose type is text, json_object or json_schema",
     "logit_bias": "give token ids and a bias of -100 to 100 for each",
 }

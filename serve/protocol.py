@@ -151,11 +151,17 @@ class Generation(Strict):
     def _together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is for stream: true alone", param="stream_options")
-        formatted = self.response_format is not None and self.response_format.type != "text"
-        if formatted and self.structured_outputs is not None:
+        told = self.response_format
+        if self.structured_outputs is not None and told is not None and told.type != "text":
             message = "structured_outputs and response_format say both what form the text has: give one"
             raise ApiError(400, message, param="structured_outputs")
         return self
+
+    @property
+    def formatted(self) -> bool:
+        """Whether the text must have a form."""
+        told = self.response_format
+        return self.structured_outputs is not None or (told is not None and told.type != "text")
 
 
 class CompletionRequest(Generation):
@@ -170,9 +176,11 @@ class CompletionRequest(Generation):
             list[Annotated[list[Token], Field(fail_fast=True, min_length=1)]], Field(fail_fast=True, min_length=1)
         ]
     )
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """0: nothing but the echo."""
     best_of: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
     echo: bool | None = None
-    """The prompt's text before the answer's; not with logprobs."""
+    """The prompt's text before the answer's; with logprobs, its tokens' before theirs."""
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -184,133 +192,8 @@ class CompletionRequest(Generation):
             raise ApiError(
                 400, "best_of over n cannot be streamed: which are best is known at the end", param="best_of"
             )
-        if self.echo and self.logprobs is not None:
-            raise ApiError(400, "echo with logprobs is not served: prompts have no logprobs here", param="echo")
-        return self
-
-
-class TextPart(Strict):
-    """A part of a message."""
-
-    type: Literal["text", "refusal"]
-    text: str | None = None
-    refusal: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_alone(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if isinstance(kind, str) and kind in ("image_url", "input_audio", "file", "video_url", "audio_url"):
-            raise ApiError(400, f"a message has a part of type {kind}: this model takes text", param="messages")
-        return value
-
-    @model_validator(mode="after")
-    def _its_own(self) -> Self:
-        if getattr(self, self.type) is None:
-            raise ValueError(f"a part of type {self.type} needs {self.type}")
-        return self
-
-
-class FunctionCall(Strict):
-    """The function that a tool call names."""
-
-    name: Annotated[str, Field(max_length=256)]
-    arguments: str
-
-
-class ToolCall(Strict):
-    """A call that an earlier answer made."""
-
-    id: Label
-    type: Literal["function"]
-    function: FunctionCall
-
-
-class Message(Strict):
-    """Of a chat."""
-
-    refused: ClassVar = {"audio": NOTHING, "function_call": NOTHING, "annotations": (None, [])}
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)] | None = None
-    name: Label | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
-    """Extension: what the model thought before its answer; templates that know it show it."""
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
-    tool_call_id: Label | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
-            raise ValueError(f"a message of role {self.role} needs content")
-        return self
-
-
-class FunctionDefinition(Strict):
-    """What a tool is."""
-
-    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
-    description: Annotated[str, Field(max_length=1 << 16)] | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Strict):
-    """That the model may be told of."""
-
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class ChatRequest(Generation):
-    """POST /v1/chat/completions."""
-
-    refused: ClassVar = {
-        "audio": NOTHING,
-        "function_call": NOTHING,
-        "functions": NOTHING,
-        "metadata": NOTHING,
-        "modalities": (None, ["text"]),
-        "moderation": NOTHING,
-        "parallel_tool_calls": (None, True),
-        "prediction": NOTHING,
-        "prompt_cache_options": NOTHING,
-        "prompt_cache_retention": NOTHING,
-        "reasoning_effort": NOTHING,
-        "service_tier": (None, "auto", "default"),
-        "store": (None, False),
-        "verbosity": NOTHING,
-        "web_search_options": NOTHING,
-        "chat_template": NOTHING,
-        "chat_template_kwargs": NOTHING,
-    }
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    prompt_cache_key: Label | None = None
-    """Taken and not used."""
-    safety_identifier: Label | None = None
-    """Taken and not used."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _calls_are_not_forced(cls, value: Any) -> Any:
-        choice = value.get("tool_choice") if isinstance(value, dict) else None
-        if choice == "required" or isinstance(choice, dict):
-            message = 'tool_choice can be "none" or "auto": a call cannot be forced here'
-            raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
-        return value
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        both = (self.max_tokens, self.max_completion_tokens)
-        if None not in both and both[0] != both[1]:
-            raise ApiError(400, "max_tokens and max_completion_tokens differ: give one", param="max_tokens")
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens 0 leaves nothing to answer without echo: true", param="max_tokens")
         return self
 
 

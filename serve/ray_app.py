@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray
+import ray  # pyright: ignore[reportMissingImports]
 from fastapi import FastAPI
-from ray import serve
-from ray.serve import Application
+from ray import serve  # pyright: ignore[reportMissingImports]
+from ray.serve import Application  # pyright: ignore[reportMissingImports]
 
 from ..infer.config import EngineConfig
 from ..models.hub import is_remote

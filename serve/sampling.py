@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ..infer.request import SamplingParams
+from .chat_protocol import ChatRequest
 from .errors import ApiError
-from .protocol import ChatRequest, CompletionRequest, Generation
+from .protocol import CompletionRequest, Generation
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat's is what the model has room for
 
@@ -25,8 +27,10 @@ _SAME = (
 )
 
 
-def sampling(request: Generation, prompt_tokens: int, max_model_len: int) -> SamplingParams:
-    """The settings of a request whose prompt has so many tokens.
+def sampling(
+    request: Generation, prompt_tokens: int, max_model_len: int, defaults: Mapping[str, Any]
+) -> SamplingParams:
+    """The settings of a request whose prompt has so many tokens, and defaults for what it does not name.
 
     Raises:
         ApiError: 400: prompt and answer have no room in the model.
@@ -47,12 +51,14 @@ def sampling(request: Generation, prompt_tokens: int, max_model_len: int) -> Sam
         told["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
     elif isinstance(request, CompletionRequest):
         told["logprobs"], told["best_of"] = request.logprobs, request.best_of
-        most = most or max(_COMPLETION_TOKENS, request.min_tokens or 0)
+        told["prompt_logprobs"] = request.logprobs if request.echo else None
+        # Of no tokens at all one is made, and not told.
+        most = max(_COMPLETION_TOKENS, request.min_tokens or 0) if most is None else max(most, 1)
     room = max_model_len - prompt_tokens
     if room < (most or 1):
         message = f"{prompt_tokens} prompt tokens and {most or 1} of the answer pass the model's {max_model_len}"
         raise ApiError(400, f"{message}: shorten the prompt or max_tokens", code="context_length_exceeded")
-    return SamplingParams(max_tokens=most or room, **told)
+    return SamplingParams(**{**defaults, **told, "max_tokens": most or room})
 
 
 def grammar_of(request: Generation) -> tuple[str, str] | None:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,17 +17,20 @@ from starlette.requests import Request
 from ..infer.outputs import Sink
 from ..infer.request import SamplingParams
 from .chat import ChatShape, rendered
+from .chat_protocol import ChatRequest
 from .completions import CompletionShape, prompts_of
 from .errors import ApiError
 from .flight import Flight, Hub, Prompt
 from .parse import check, parse_json
-from .protocol import ChatRequest, CompletionRequest, Generation
-from .sampling import grammar_of, sampling
+from .plain import Marks
+from .protocol import CompletionRequest, Generation
+from .sampling import sampling
 from .security import salt
 from .settings import ServerSettings
 from .shape import Shape
 from .stream import Answer
 from .templates import ChatTemplates
+from .tool_forms import form_of
 
 Value = TypeVar("Value")
 _FIXED = ("dtype", "kv_dtype", "device", "draft")  # of the engine's report: what may change an answer
@@ -48,6 +52,7 @@ class Service:
         self.fingerprint = "fp_" + hashlib.sha256(told.encode()).hexdigest()[:12]
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="coterie-prepare")
         self._hub: Hub | None = None
+        self._marks: Marks | None = None
 
     def close(self) -> None:
         """Ends its threads."""
@@ -85,13 +90,23 @@ class Service:
         if (body.n or 1) > self.settings.max_choices:
             raise ApiError(400, f"n is over {self.settings.max_choices}", param="n")
         tools = bool(body.tools) and body.tool_choice != "none"
-        values = rendered(body, self.templates.source(tools))
+        source = self.templates.source(tools)
+        values = rendered(body, source)
         self._check_length(sum(len(one["content"]) for one in values["messages"]), "messages")
-        text = await self.templates.render(values)
-        tokens = await self._encode([text], self._tokenizer("messages").encode, "messages")
+        tokens = await self._chat_ids(values)
         id = f"chatcmpl-{secrets.token_hex(12)}"
         shape = ChatShape(*self._shape_of(id, body))
-        return await self._answer(request, body, [Prompt(tokens[0])], shape, arrival)
+        shape.look_for(form_of(source) if tools else None)
+        return await self._answer(request, body, [Prompt(tokens)], shape, arrival)
+
+    async def _chat_ids(self, values: dict[str, Any]) -> list[int]:
+        """The tokens of a chat; see `plain`."""
+        tokenizer = self._tokenizer("messages")
+        self._marks = marks = self._marks or Marks(tokenizer)
+        marked, mark = await self._off_loop(lambda: marks.put(values), "messages")
+        text = await self.templates.render(marked)
+        (ids,) = await self._encode([text], lambda text: marks.encode(text, mark), "messages")
+        return ids
 
     async def _body(self, request: Request) -> dict[str, Any]:
         return parse_json(await request.body(), self.settings.max_json_depth)
@@ -132,11 +147,11 @@ class Service:
         except TimeoutError:
             raise ApiError(503, f"{param} took too long to prepare", param=param, retry_after=1) from None
 
-    async def _grammar(self, body: Generation) -> Any:
-        wanted = grammar_of(body)
+    async def _grammar(self, body: Generation, wanted: tuple[str, str] | None) -> Any:
         if wanted is None:
             return None
-        param = "structured_outputs" if body.structured_outputs else "response_format"
+        param = "response_format" if body.response_format else "tools"
+        param = "structured_outputs" if body.structured_outputs else param
         tokenizer = self._tokenizer(param)
 
         def compile() -> Any:
@@ -151,8 +166,11 @@ class Service:
         self, request: Request, body: Generation, prompts: list[Prompt], shape: Shape, arrival: float
     ) -> Answer:
         deadline = arrival + self.settings.request_timeout_s
-        params = [sampling(body, len(prompt.tokens), self.engine.max_model_len) for prompt in prompts]
-        grammar = await self._grammar(body)
+        room, defaults = self.engine.max_model_len, self.engine.defaults
+        params = [sampling(body, len(prompt.tokens), room, defaults) for prompt in prompts]
+        if shape.opening is not None:
+            params = [replace(one, skip_special_tokens=False) for one in params]
+        grammar = await self._grammar(body, shape.grammar())
         shape.begin(prompts)
         if self._hub is None:
             self._hub = Hub()

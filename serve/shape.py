@@ -6,10 +6,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..infer.outputs import TokenLogprob
+from ..infer.outputs import Delta, TokenLogprob
 from ..models.tokenizer import TextStream, Tokenizer
 from .flight import Piece, Prompt
 from .protocol import Generation
+from .sampling import grammar_of
 
 LEAST = -9999.0  # a log probability of minus infinity is no JSON
 
@@ -29,6 +30,10 @@ class Choice:
     stream: TextStream | None = None
     offset: int = 0
     """Characters before the next token."""
+    begun: bool = False
+    """Whether a delta has come."""
+    calls: Any = None
+    """What looks for calls of tools in the text; None: nothing does."""
 
 
 class Shape:
@@ -39,6 +44,8 @@ class Shape:
     """
 
     object = chunk_object = ""
+    opening: int | None = None
+    """The special token that opens calls of tools: where there is one, the text has special tokens."""
 
     def __init__(
         self, id: str, model: str, fingerprint: str, request: Generation, tokenizer: Tokenizer | None
@@ -55,6 +62,10 @@ class Shape:
         self.prompts = prompts
         for i in range(len(prompts) * self.n):
             self.choices[i] = Choice(prompts[i // self.n])
+
+    def grammar(self) -> tuple[str, str] | None:
+        """The form that the text must have: see `grammar_of`."""
+        return grammar_of(self.request)
 
     def chunk(self, piece: Piece) -> list[dict[str, Any]]:
         """What a stream says about a delta; often nothing."""
@@ -90,6 +101,10 @@ class Shape:
         """What the answer has beside its choices."""
         return {}
 
+    def before(self, choice: Choice, delta: Delta) -> list[Any]:
+        """What is told of tokens before the first delta's: nothing, but where the prompt is part of the answer."""
+        return []
+
     def logprob(self, choice: Choice, one: TokenLogprob) -> Any:
         """What is told of one token."""
         raise NotImplementedError
@@ -100,7 +115,9 @@ class Shape:
         choice = self.choices[index]
         choice.generated, choice.cached = max(choice.generated, delta.generated), max(choice.cached, delta.cached)
         choice.finish = delta.finish or choice.finish
-        return index, choice, [self.logprob(choice, one) for one in delta.logprobs]
+        before = [] if choice.begun else self.before(choice, delta)
+        choice.begun = True
+        return index, choice, before + [self.logprob(choice, one) for one in delta.logprobs]
 
     def _envelope(self, choices: list[dict[str, Any]], kind: str) -> dict[str, Any]:
         return {

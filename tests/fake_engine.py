@@ -61,6 +61,7 @@ class FakeEngine:
     die_at: the step that raises, which ends the loop; None: never.
     refuse: raised by `submit` when set.
     words: the ids that answers are made of.
+    script: the ids of every answer, before an end of text; empty: words.
     submitted: (id, prompt, params, salt) of every request that was taken.
     aborted: ids given to `abort`, in order.
     """
@@ -74,12 +75,14 @@ class FakeEngine:
         self.vocabulary = self.tokenizer.vocab_size
         self.max_model_len = max_model_len
         self.eos_ids = self.tokenizer.eos_ids
+        self.defaults: dict[str, Any] = {}
         self.alive, self.failure = True, None
         self.step_s, self.chunk, self.blocks = step_s, 32, 1000
         self.fail_at: int | None = None
         self.die_at: int | None = None
         self.refuse: BaseException | None = None
         self.words = self.tokenizer.encode(WORDS)
+        self.script: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
         self.submitted: list[tuple[str, tuple[int, ...], SamplingParams, str]] = []
@@ -124,7 +127,8 @@ class FakeEngine:
                 raise QueueFull("the queue is full")
             for index in range(params.sequences):
                 request = Request(id, tuple(prompt), params, salt=salt, deadline=deadline, index=index)
-                text = StoppingText(self._own, params.stop, before=prompt, min_tokens=params.min_tokens)
+                skip, least = params.skip_special_tokens, params.min_tokens
+                text = StoppingText(self._own, params.stop, before=prompt, min_tokens=least, skip_special=skip)
                 matcher = grammar.start() if grammar is not None else None
                 self._waiting.append(Sample(request, sink, text, matcher, routes))
             self.submitted.append((id, tuple(prompt), params, salt))
@@ -263,6 +267,7 @@ class FakeEngine:
             None if not ended or ended[1] in self.eos_ids else ended[1],
             generated=request.generated_length,
             cached=0,
+            prompt_logprobs=self._prompt_logprobs(request),
         )
         sample.total += -0.5 - token / 1000
         if ended:
@@ -282,6 +287,8 @@ class FakeEngine:
             token = ends[0] if ends else fits[0]
             sample.matcher.accept(token)
             return token
+        if self.script:
+            return [*self.script, self.eos_ids[0]][request.generated_length]
         turn = len(request.prompt) + request.index + request.generated_length + (request.params.seed or 0)
         return self.words[turn % len(self.words)]
 
@@ -300,6 +307,15 @@ class FakeEngine:
             return ()
         top = tuple(((token + i) % self.vocabulary, -0.5 - i) for i in range(count))
         return (TokenLogprob(token, -0.5, top),)
+
+    def _prompt_logprobs(self, request: Request) -> tuple[TokenLogprob, ...]:
+        count = request.params.prompt_logprobs
+        if count is None or request.generated_length > 1:
+            return ()
+        return tuple(
+            TokenLogprob(t, -1.0, tuple(((t + i) % self.vocabulary, -1.0 - i) for i in range(count)))
+            for t in request.prompt[1:]
+        )
 
     def _routes(self, token: int) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple((token + layer + k) % EXPERTS for k in range(TOP_K)) for layer in range(LAYERS))

@@ -80,6 +80,20 @@ def test_the_budget_fills_the_target_and_no_more() -> None:
     assert times.budget(3600)(5, 5) == times.most
 
 
+def test_a_prompt_that_would_be_late_hurries_the_step() -> None:
+    times = Machine(base=2e-3, token=1e-4, row=1e-5, key=1e-8).measure()
+    budget = times.budget(0.05, 0.2)
+    calm = budget(8, 2400)
+    pace = (calm - 8) / 0.05
+    assert times.predict(calm, 8, 2400) <= 0.05
+    assert budget(8, 2400, [(100, 1.0), (int(0.4 * pace * 2), 2.0)]) == calm
+    for due in ([(int(0.6 * pace * 2), 2.0)], [(1, 9.0), (int(0.6 * pace), 1.0)], [(1, 0.0)], [(1, -5.0)]):
+        hurried = budget(8, 2400, due)
+        assert times.predict(hurried, 8, 2400) <= 0.2 < times.predict(hurried + 1, 8, 2400)
+    assert times.budget(0.05)(8, 2400, [(10**6, -1.0)]) == calm  # nobody allowed more
+    assert budget(0, 0, [(10**6, -1.0)]) == budget(0, 0)
+
+
 def test_a_slow_machine_is_not_measured_for_long() -> None:
     machine = Machine(base=0.7, token=0.2)
     times = machine.measure()
@@ -173,9 +187,7 @@ def test_any_machine_is_measured(base, token, key, noise, blocks, size, position
 def test_the_engine_measures_and_tells(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     budgets = []
     schedule = Scheduler._budget
-    monkeypatch.setattr(
-        Scheduler, "_budget", lambda self, decodes: budgets.append(schedule(self, decodes)) or budgets[-1]
-    )
+    monkeypatch.setattr(Scheduler, "_budget", lambda *given: budgets.append(schedule(*given)) or budgets[-1])
     with caplog.at_level("INFO", "coterie"):
         served = Engine(model(), None, EngineConfig(block_size=4, itl_target_ms=1e-6, max_sequences=9))
     assert "between tokens" in caplog.text

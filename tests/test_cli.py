@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("tyro", reason="the command needs tyro")
 from coterie import cli
 from coterie.benchmarks.serving_load import Load
+from coterie.infer.placement import Cluster
 
 WRONG = {
     "no such model": (["generate", "nowhere", "--prompt", "x"], "nowhere"),
@@ -90,6 +91,11 @@ def test_help_lists_every_command_and_no_other(capsys) -> None:
         (["plan", "--netns", "--quick"], "plan_hosts.main", {"json": None, "quick": True}),
         (["layouts"], "layouts.main", {"json": None, "quick": False}),
         (["load"], "loading.main", {"json": None, "quick": False}),
+        (
+            ["placement", "--routes", "f", "--nodes", "3"],
+            "placement.main",
+            {"json": None, "quick": False, "routes": Path("f"), "cluster": Cluster(3, 4, 9)},
+        ),
     ],
 )
 def test_each_benchmark_has_flags_of_its_own(argv, called, given, monkeypatch) -> None:
@@ -143,6 +149,17 @@ def test_import_of_the_layer_needs_torch_alone() -> None:
         f"        if name.split('.')[0] in {blocked}: raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
         "import coterie.moe.layer, coterie.models.gpt\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_engine_starts_without_what_it_does_not_use() -> None:
+    """Each takes a third of a second and more to import."""
+    code = (
+        "import sys, coterie.infer.engine\n"
+        "late = ('torch.distributed.tensor', 'transformers', 'megatron', 'llguidance')\n"
+        "sys.exit(', '.join(name for name in late if name in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,9 +4,13 @@ import json
 
 import pytest
 
-from coterie.benchmarks import decode, decode_worker
-from coterie.benchmarks.decode_model import config, make
+from coterie.benchmarks import decode, decode_shapes, decode_worker
+from coterie.benchmarks.decode_model import SHAPES, config, make
 from coterie.benchmarks.rows import read
+from coterie.kernels import native
+from coterie.models.gpt import GPT
+
+needs_native = pytest.mark.skipif(native.library() is None, reason="recording needs the native kernels")
 
 
 def test_bytes_of_decoding_by_hand() -> None:
@@ -42,7 +46,7 @@ class Memory:
 
 def test_speeds_limits_and_fractions_by_hand() -> None:
     sizes, kept = decode.Sizes(prompt=4, new=11, prefill=30), []
-    bench = decode._Bench([Fake("coterie", 0.2), Fake("transformers", 0.4)], Memory(), 512, "tiny", sizes, 3)
+    bench = decode.Bench([Fake("coterie", 0.2), Fake("transformers", 0.4)], Memory(), 512, "tiny", sizes, 3)
     rows = bench.run((2,), [], lambda found: kept.append(len(found)))
     found = {(row.case.rpartition(", ")[2], row.impl, row.metric): row for row in rows}
     # 10 steps of weights, and the keys and values of 5 to 14 tokens of 2 sequences.
@@ -129,3 +133,52 @@ def test_the_model_is_a_mixtral_and_repeats(tmp_path) -> None:
 def test_settings_that_mean_nothing_are_refused(wrong) -> None:
     with pytest.raises(ValueError, match="--batches"):
         decode.main(**wrong)
+
+
+@pytest.mark.parametrize(("name", "total", "active"), [("olmoe", 6.92e9, 1.28e9), ("qwen3_30b", 30.5e9, 3.35e9)])
+def test_published_shapes_have_their_published_sizes(name, total, active) -> None:
+    shape = SHAPES[name]()
+    model = GPT(shape, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(total, rel=0.01)
+    idle = sum(p.numel() for layer in model.moe_layers for p in layer.experts.parameters())
+    idle *= 1 - shape.moe.top_k / shape.experts[0]
+    assert total - idle == pytest.approx(active, rel=0.03)
+
+
+def test_a_shape_is_served_in_this_process(tmp_path) -> None:
+    rows = decode_shapes.main("tiny", "tiny", json=tmp_path / "rows.json", quick=True, batches=(1, 4), device="cpu")
+    assert read(tmp_path / "rows.json") == rows
+    found = {(row.case.rpartition(", ")[2], row.impl, row.metric): row for row in rows}
+    for impl in ("coterie", "coterie, not recorded"):
+        assert found["batch 4", impl, "decode"].fraction is not None
+        assert found["tiny bfloat16 on cpu", impl, "startup"].value > 0
+    assert found["batch 1", "coterie", "distinct_experts"].value == 8
+    assert len(rows) == 2 * len({(row.case, row.impl, row.metric) for row in rows})
+
+
+@needs_native
+def test_a_shape_is_served_with_and_without_recordings() -> None:
+    served = decode_shapes.engine("tiny", "cpu")
+    both = decode_shapes._contenders(served)
+    decodes = served.core.runner.decodes
+    assert [one.impl for one in both] == ["coterie", "coterie, not recorded"]
+    assert set(decodes._recordings) == {1}
+    plain = both[1].ask([[5, 6, 7], [8, 9, 10]], 6)
+    assert set(decodes._recordings) == {1}
+    assert both[0].ask([[5, 6, 7], [8, 9, 10]], 6)["tokens"] == plain["tokens"]
+    assert set(decodes._recordings) == {1, 2}
+
+
+def test_a_shape_whose_steps_cannot_be_recorded_is_measured_without(monkeypatch, capsys) -> None:
+    def refuse(*_):
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr("coterie.infer.decodes.record", refuse)
+    rows = decode_shapes.main("tiny", quick=True, batches=(1,), device="cpu")
+    assert {row.impl for row in rows} == {"coterie, not recorded", "coterie", "machine"}
+    assert "no graphs here" in capsys.readouterr().out
+
+
+def test_a_shape_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ValueError, match="no shape 'huge': give one of olmoe"):
+        decode_shapes.main("huge", device="cpu")

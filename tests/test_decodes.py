@@ -9,11 +9,13 @@ import pytest
 import torch
 from engines import CONFIG, alone, ask, drain, engine, model, prompt
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.infer.decodes import MOST, Decodes
 from coterie.infer.paged import KVPool, KVType, PagedCache
 from coterie.infer.step import Slice
-from coterie.kernels import native, tape
+from coterie.kernels import expert_decode_triton, native, route_triton, tape
+from coterie.kernels.backend import HAS_TRITON, forced
 from coterie.models.gpt import GPT
 from coterie.moe.config import MoEConfig
 
@@ -153,6 +155,60 @@ def test_on_a_gpu_numbers_of_sequences_share_recordings(monkeypatch: pytest.Monk
         assert all(map(torch.equal, out.routes, routes))
         torch.testing.assert_close(ours._store, theirs._store, rtol=1e-5, atol=1e-5)
     assert sorted(decodes._recordings) == [1, 2, 4, 8]
+
+
+class _NoWaits(TorchDispatchMode):
+    """Refuses what reads a device's numbers on the host, or brings the host's own to it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        waits = (
+            "item",
+            "is_nonzero",
+            "_local_scalar",
+            "nonzero",
+            "bincount",
+            "unique",
+            "lift_fresh",
+            "masked_select",
+        )
+        if any(name.startswith(one) for one in waits) or (name in ("index", "index_put_") and _masked(args[1])):
+            raise AssertionError(f"a recorded step would wait for the device: {name}")
+        return func(*args, **(kwargs or {}))
+
+
+def _masked(indices) -> bool:
+    return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not HAS_TRITON, reason="through Triton's interpreter")
+@pytest.mark.parametrize(("sequences", "kv"), [(2, "int8"), (3, "auto")])
+def test_on_a_gpu_a_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, sequences: int, kv: KVType) -> None:
+    """Few tokens, and more than the kernel of a few takes."""
+    for kernels in (expert_decode_triton, route_triton):
+        monkeypatch.setattr(kernels, "MOST_TOKENS", 2)
+    heads = replace(CONFIG, qk_norm="head", moe=MoEConfig(top_k=2, hidden=20))
+    served = GPT(heads).eval()
+    served.init_weights(8)
+    pool = KVPool(heads, 8 * BLOCKS, SIZE, dtype=kv)
+    pool._store.fill_(1)
+    if pool._scales is not None:
+        pool._scales.fill_(0.1)
+
+    def record(step, device, arena):
+        step()
+        monkeypatch.setattr(torch.Tensor, "tolist", None)  # no operation of its own
+        with _NoWaits(), torch.inference_mode():
+            return _Graph(step, arena)
+
+    monkeypatch.setattr("coterie.infer.decodes.record", record)
+    slices = [Slice((str(i), 0), 9, (i,), (i, sequences + i, 2 * sequences + i), True) for i in range(sequences)]
+    with torch.inference_mode(), forced("interpret"):
+        out = Decodes(served, pool).run(slices)
+    assert out is not None
+    assert out.logits_BSV is not None
+    assert out.logits_BSV.shape[1] == sequences
+    assert bool(out.logits_BSV.isfinite().all())
 
 
 @pytest.mark.gpu

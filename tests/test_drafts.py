@@ -18,6 +18,7 @@ from coterie.infer.request import SamplingParams
 from coterie.infer.sampling import Row
 from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT
+from coterie.models.tokenizer import train_bpe
 from coterie.models.weights import save_model
 
 ROW = Row(SamplingParams(temperature=0.0))
@@ -262,3 +263,9 @@ def test_an_engine_opens_the_draft_model_that_it_is_told_of(tmp_path) -> None:
     assert sum(r.drafted for r in reports) > 0
     with pytest.raises(FileNotFoundError):
         Engine.open(tmp_path / "model", EngineConfig(draft=str(tmp_path / "nobody"), **settings))
+    train_bpe(["other words, of which no pair is alike"] * 3, 290).save(tmp_path / "student" / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"^the draft model has another tokenizer: '.*' is .* to it, and") as caught:
+        Engine.open(tmp_path / "model", EngineConfig(draft=str(tmp_path / "student"), **settings))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "student" / "tokenizer.json").unlink()  # then the size alone must do
+    Engine.open(tmp_path / "model", EngineConfig(draft=str(tmp_path / "student"), **settings))

@@ -8,6 +8,7 @@ import torch
 from engines import CONFIG, Client, alone, ask, check_empty, drain, engine, model, prompt, recomputed, tokenizer
 
 from coterie.infer.counter import seed_of_choice
+from coterie.infer.outputs import StepReport
 from coterie.infer.request import EngineDead, QueueFull, RequestError, SamplingParams
 from coterie.infer.sample_state import SampleState
 
@@ -449,12 +450,15 @@ def test_clients_are_told_while_the_next_step_computes() -> None:
     def ended(overlaps: bool) -> tuple[list[str], list[list[int]]]:
         served = engine(text=True, budget=20)
         served.core.overlaps = overlaps
+        reports: list[StepReport] = []
+        served.watch(reports.append)
         whole = ask(served, prompt(8), 40)
         drain(served)
         stops = [whole.text()[start : start + 3] for start in (4, 9, 15)]
         clients = [ask(served, prompt(8), 40, stop=(stop,)) for stop in stops] + [ask(served, prompt(30), 9)]
         drain(served)
         assert [client.finish() for client in clients] == ["stop"] * 3 + ["length"]
+        assert sum(report.prompts for report in reports) >= 5
         return [client.text() for client in clients], [client.tokens() for client in clients]
 
     assert ended(True) == ended(False)

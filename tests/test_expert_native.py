@@ -1,6 +1,9 @@
 """The experts of CPU inference against loops in fp64, and what a token's answer must not depend on."""
 
 import math
+import os
+import subprocess
+import sys
 
 import oracle
 import pytest
@@ -64,7 +67,7 @@ def _run(experts: Experts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor | No
 @pytest.mark.parametrize("dtype", list(RATIO))
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize(("dim", "hidden"), [(D, F), (3, 17), (64, 32), (100, 300)])
+@pytest.mark.parametrize(("dim", "hidden"), [(D, F), (3, 17), (64, 32), (32, 96), (100, 300)])
 def test_equals_the_oracle(activation: str, bias: bool, dtype: torch.dtype, dim: int, hidden: int) -> None:
     experts = _experts(activation, bias, dtype, dim, hidden)
     for tokens in (1, 2, 7, 90):
@@ -74,11 +77,22 @@ def test_equals_the_oracle(activation: str, bias: bool, dtype: torch.dtype, dim:
         assert_close_rms(_run(experts, x_TD, ids_TK, weights_TK), expected_TD, RATIO[dtype], "y")
 
 
+@pytest.mark.skipif("amx_bf16" not in native._processor(), reason="the processor has no tiles to do without")
+def test_without_tiles() -> None:
+    """What a process has taken once it keeps: another one is asked."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "oracle or alone"]
+    environment = {**os.environ, "COTERIE_TILES": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("dim", [12, 32])
 @pytest.mark.parametrize("dtype", list(RATIO))
-def test_one_expert_for_all_and_more_tokens_than_are_taken_at_once(dtype: torch.dtype) -> None:
-    experts = _experts(dtype=dtype, dim=12, hidden=20)
+def test_one_expert_for_all_and_more_tokens_than_are_taken_at_once(dtype: torch.dtype, dim: int) -> None:
+    experts = _experts(dtype=dtype, dim=dim, hidden=20 if dim == 12 else 64)
     tokens = 2 * expert_native._AT_ONCE + 3
-    x_TD, ids_TK = torch.randn(tokens, 12).to(dtype), torch.tensor([[3, -1]]).expand(tokens, K)
+    x_TD, ids_TK = torch.randn(tokens, dim).to(dtype), torch.tensor([[3, -1]]).expand(tokens, K)
     y_TD = _run(experts, x_TD, ids_TK, None)
     some = torch.tensor([0, 1, 515, 2047, 2048, 4096, tokens - 1])
     expected_TD = _expected(experts, x_TD[some], ids_TK[some], torch.ones(len(some), K))

@@ -216,6 +216,7 @@ def test_settings_of_the_engine_are_checked(folder: Path) -> None:
         ({"block_size": 0}, "block_size is 0"),
         ({"max_sequences": True}, "max_sequences is True"),
         ({"itl_target_ms": 0.0}, "itl_target_ms is 0.0"),
+        ({"itl_limit_ms": -1.0}, "itl_limit_ms is -1.0"),
         ({"blocks": 3}, "blocks is no setting"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -282,3 +283,42 @@ def test_what_is_no_model_says_so(folder: Path, tmp_path: Path) -> None:
     (folder / "metrics.jsonl").touch()
     with pytest.raises(FileNotFoundError, match="has not written its model/ yet"):
         open_model(folder)
+
+
+def test_the_checkpoint_says_how_to_sample(folder: Path) -> None:
+    file = folder / "model" / "generation_config.json"
+    file.write_text('{"temperature": 0.9, "top_k": 1, "top_p": null, "do_sample": true, "eos_token_id": 0, "x": []}')
+    told = {"max_new_tokens": 24, "ignore_eos": True}
+    with pipeline(folder, device="cpu") as pipe:
+        greedy = pipe("hello", temperature=0.0, **told)
+        assert pipe.engine.defaults == {"temperature": 0.9, "top_k": 1}
+        assert pipe("hello", **told) == greedy
+        assert "".join(pipe.stream("hello", **told)) == greedy[0].text
+        assert pipe("hello", seed=1, top_k=0, temperature=100.0, **told) != greedy
+        assert pipeline(pipe.engine)("hello", **told) == greedy
+    with pipeline(folder, device="cpu", generation_config=False) as pipe:
+        assert pipe.engine.defaults == {}
+        assert pipe("hello", seed=1, temperature=100.0, **told) != greedy
+    file.write_text('{"top_k": -1}')
+    with pipeline(folder, device="cpu") as pipe:
+        assert pipe.engine.defaults == {"top_k": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"temperature": "hot"}', "temperature is 'hot': give a finite number from 0 to 100"),
+        ('{"top_p": 7}', "top_p is 7: give"),
+        ('{"top_k": 1.5}', "top_k is 1.5: give"),
+        ('{"repetition_penalty": 0}', "repetition_penalty is 0: give"),
+        ('{"min_p": [0.1]}', "min_p is"),
+        ('{"temperature": 1', "generation_config.json"),
+        ("[]", "generation_config.json"),
+    ],
+)
+def test_a_damaged_generation_config_is_told_of(folder: Path, text: str, words: str) -> None:
+    (folder / "model" / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match="generation_config") as caught:
+        pipeline(folder, device="cpu")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """The one command for CUDA machines: whatever its parts do, there is one JSON and one table."""
 
+import importlib.util
 import json
 import sys
 import time
@@ -82,3 +83,10 @@ def test_a_checkout_needs_no_installation(tmp_path: Path, monkeypatch: pytest.Mo
     assert code == 0
     assert said.startswith(str(tmp_path))
     assert gpu_check.machine(environment)["python"] == sys.version.split()[0]
+
+
+def test_every_step_can_be_started_and_has_a_share() -> None:
+    assert gpu_check.SHARES.keys() == gpu_check.STEPS.keys()
+    assert sum(gpu_check.SHARES.values()) == pytest.approx(1)
+    for command in gpu_check.STEPS.values():
+        assert importlib.util.find_spec(command[1]) is not None

@@ -17,7 +17,8 @@ from coterie.kernels.paged_attention_triton import PART, paged_attention_triton
 from coterie.kernels.paged_kv import LayerKV, Ragged, quantize
 from coterie.models.config import ModelConfig
 from coterie.models.gpt import GPT
-from coterie.moe.config import MoEConfig
+from coterie.moe.config import GateConfig, MoEConfig
+from coterie.moe.gate import Gate
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
@@ -198,3 +199,36 @@ def test_a_model_decodes_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for ours, theirs in zip(logits("interpret"), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert calls == [11, 1]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17])
+@pytest.mark.parametrize(
+    ("score", "groups", "renormalize", "bias"),
+    [("softmax", 1, "before_drop", False), ("softmax", 1, "none", False), ("sigmoid", 4, "before_drop", True)],
+)
+def test_a_router_without_losses_is_the_whole_one(tokens, score, groups, renormalize, bias) -> None:
+    made = GateConfig(
+        score=score,
+        groups=groups,
+        topk_groups=max(1, groups // 2),
+        renormalize=renormalize,
+        route_scale=1.5,
+        bias_update=0.1 * bias,
+    )
+    router = Gate(20, 12, 3, made).eval()
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(12, 20))
+        if router.bias_E is not None:
+            router.bias_E.copy_(torch.randn(12) / 9)
+    x_TD = torch.randn(tokens, 20)
+    with torch.inference_mode():
+        with forced("reference"):
+            expected = router(x_TD)
+        with forced("triton" if x_TD.is_cuda else "interpret"):
+            found, alone = router(x_TD, losses=False), router(x_TD[:1], losses=False)
+    assert torch.equal(found.ids_TK, expected.ids_TK)
+    assert torch.equal(found.stats.kept_E, expected.stats.kept_E)
+    torch.testing.assert_close(found.weights_TK, expected.weights_TK, rtol=1e-5, atol=1e-6)
+    assert float(found.stats.entropy) == 0, "it was not the short way"
+    if tokens <= 16:
+        assert torch.equal(alone.weights_TK[0], found.weights_TK[0])

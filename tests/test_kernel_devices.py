@@ -71,7 +71,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from coterie.kernels import cross_entropy, expert_mlp_triton as mlp, expert_sums_triton as sums, gate_triton as gate
-from coterie.kernels import expert_decode_triton as decode, paged_attention_triton as paged
+from coterie.kernels import expert_decode_triton as decode, paged_attention_triton as paged, route_triton as route
 from coterie.kernels import grouped_gemm_triton as gemm, kl, permute_triton as permute, rmsnorm, rope
 
 H, I, W, i = "*bf16", "*i64", "*fp32", "i32"
@@ -84,7 +84,7 @@ TYPES |= dict.fromkeys("weights_ptr parts_ptr weights_TK dweights_TK logits_TE s
     " loss scale dw cos sin".split(), W)
 TYPES |= dict.fromkeys("tables_ptr starts_ptr lengths_ptr done_ptr".split(), "*i32") | dict.fromkeys("A N"
     " table_stride".split(), i) | dict.fromkeys("k_scale_ptr v_scale_ptr sinks_ptr sums_ptr part_ptr".split(), W)
-TYPES |= dict(rate="fp32", ids_ptr=I)
+TYPES |= dict(rate="fp32", factor="fp32", ids_ptr=I, weight_ED=W)
 TILE = dict(V=16, GROUP=8, PER_SM=1, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64)
 GEMM = dict(TILE, C=256, D=256, F=128, M=256, N=384, E=8, K=2, TURNED=True, TAIL=True, GATED=True, HAS_BIAS=True,
     GATHER_A=False, GATHER_B=True, HAS_SOURCE=True, HAS_WEIGHTS=True)
@@ -96,6 +96,9 @@ CASES = [(k, GEMM) for k in (gemm._rows_kernel, gemm._weights_kernel, mlp._up_ke
 CASES += [(k, SUMS) for k in (sums._choices_kernel, sums._columns_kernel)]
 CASES += [(gate._gate_kernel, GATE), (gate._gate_kernel, dict(GATE, replay_TK=None)), (gate._gate_kernel,
     dict(GATE, G=1, P=1, Q=64, valid_T=None, replay_TK=None, bias_E=None)), (gate._gate_backward_kernel, GATE)]
+CASES += [(route._logits_kernel, dict(D=2048, E=128, BLOCK_E=8, BLOCK_D=512)), (route._route_kernel, dict(GATE,
+    SOFTMAX=False, RENORMALIZE=True, BLOCK_K=8, BLOCK_T=1)), (route._route_kernel, dict(GATE, G=1, P=1, Q=64,
+    bias_E=None, RENORMALIZE=True, BLOCK_K=8, BLOCK_T=1, tokens=1))]
 CASES += [(k, MOVE) for k in (permute._rank_kernel, permute._place_kernel, permute._permute_kernel,
     permute._unpermute_kernel, permute._unpermute_backward_kernel)]
 CASES += [(k, ROWS) for k in (rmsnorm._forward_kernel, rmsnorm._backward_kernel, cross_entropy._loss_kernel,
@@ -104,6 +107,9 @@ PAGED = dict(H=32, D=128, PART=512, WINDOW=128, HAS_SINKS=True, G=4, SIZE=16, SC
     BLOCK_D=128, BLOCK_N=64)
 FEW = dict(D=2048, F=768, K=8, BLOCK_A=128, BLOCK_T=16, HAS_BIAS=True, GATED=True, HAS_WEIGHTS=True)
 CASES += [(paged._attention_kernel, dict(PAGED, SPLIT=split)) for split in (False, True)]
+# Triton makes a constant of a count that is 1.
+CASES += [(paged._attention_kernel, dict(PAGED, SPLIT=True, T=1, N=1)), (paged._combine_kernel, dict(PAGED, T=1, N=1,
+    BLOCK_H=32))]
 CASES += [(paged._combine_kernel, dict(PAGED, BLOCK_H=32)), (decode._up_kernel, dict(FEW, BLOCK_F=32, BLOCK_D=128)),
     (decode._down_kernel, dict(FEW, BLOCK_D=32, BLOCK_F=128))]
 for kernel, values in CASES:

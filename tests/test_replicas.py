@@ -43,7 +43,9 @@ class Poisoned(FakeEngine):
 def opened(model, config):
     made = Poisoned(step_s=told.get("step_s", 0))
     made.config.max_sequences, made.config.max_queued_requests = 4, 1000
-    if told.get("full"):
+    places = [place for place in told.get("full", []) if not os.path.exists(place)]
+    if places:  # the first ones to come
+        os.mkdir(places[0])
         made.refuse = QueueFull("the queue is full")
     return made, None
 sys.exit(replica(opened))
@@ -183,10 +185,10 @@ def test_after_the_drain_the_rest_is_told_and_a_killed_balancer_leaves_no_proces
 
 
 def test_one_without_room_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with _fakes(tmp_path, monkeypatch, 2, full=[0]) as server:
+    with _fakes(tmp_path, monkeypatch, 2, full=[str(tmp_path / "one")]) as server:
         assert {_ask(server).status_code for _ in range(6)} == {200}
         assert _told(server)["coterie:requests_retried_total"] > 0
-    with _fakes(tmp_path, monkeypatch, 2, full=[0, 1]) as server:
+    with _fakes(tmp_path, monkeypatch, 1, full=[str(tmp_path / "two")]) as server:
         answer = _ask(server)
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
         assert answer.json()["error"]["code"] == "queue_full"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.serve.routing import Ask, Router, asked
@@ -17,6 +17,7 @@ def _ask(prompt: Any, salt: str = "", **body: Any) -> Ask:
     return asked(COMPLETIONS, {"prompt": prompt, **body}, salt)
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(1, 5))
 def test_only_those_that_are_there_and_counts_return_to_zero(data: st.DataObject, count: int) -> None:
     router = Router(count, remember=8)
@@ -45,6 +46,7 @@ def test_only_those_that_are_there_and_counts_return_to_zero(data: st.DataObject
     assert router.outstanding == [0] * count
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.booleans())
 def test_equals_take_turns(count: int, rounds: int, ending: bool) -> None:
     router, seen = Router(count), [0] * count
@@ -57,6 +59,7 @@ def test_equals_take_turns(count: int, rounds: int, ending: bool) -> None:
     assert seen == [rounds] * count
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10_000), min_size=2, max_size=6), st.integers(1, 10_000))
 def test_a_prompt_that_nobody_knows_goes_to_the_least_loaded(loads: list[int], tokens: int) -> None:
     router = Router(len(loads))
@@ -66,6 +69,7 @@ def test_a_prompt_that_nobody_knows_goes_to_the_least_loaded(loads: list[int], t
     assert loads[chosen] == min(loads)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 10_000), st.integers(1, 2000))
 def test_a_known_prompt_follows_until_its_replica_has_too_much(favourite: int, other: int, tokens: int) -> None:
     router = Router(2)
@@ -127,6 +131,7 @@ def test_a_chat_without_a_length_counts_as_one_of_some() -> None:
     assert asked(CHAT, {"messages": [], "max_completion_tokens": 3}, "").tokens < 20
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

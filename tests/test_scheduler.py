@@ -5,12 +5,13 @@ Some are failures of DeepSpeed-MII that must not come back.
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 from fake_runner import engine, reference, request, shape
 
 from coterie.infer.request import QueueFull, RequestError
-from coterie.infer.step import SchedulerConfig, Slice
+from coterie.infer.step import PACE, Due, SchedulerConfig, Slice
 
 POLICIES = ("splitfuse", "static", "prefill_first", "no_chunk")
 
@@ -43,20 +44,21 @@ def test_static_is_768() -> None:
 def test_a_measured_budget_is_asked_each_step() -> None:
     asked = []
 
-    def budget(decodes: int, context: int) -> int:
-        asked.append((decodes, context))
+    def budget(decodes: int, context: int, due: Sequence[Due]) -> int:
+        asked.append((decodes, context, list(due)))
         return 9
 
     e = engine(budget=budget)
     e.add(request("a", 4))
     e.add(request("b", 20))
     assert [e.step().tokens, e.step().tokens] == [9, 9]
-    assert asked == [(0, 0), (1, 5)]
+    a, b = 4 / PACE, 20 / PACE  # both came at 0, and the steps at 1 and 2
+    assert asked == [(0, 0, [(4, a - 1), (24, b - 1)]), (1, 5, [(15, b - 2)])]
 
 
 @pytest.mark.parametrize("answer", [0, -5, 10**9])
 def test_a_budget_out_of_range_is_cut(answer: int) -> None:
-    e = engine(budget=lambda decodes, context: answer, max_step_tokens=7)
+    e = engine(budget=lambda decodes, context, due: answer, max_step_tokens=7)
     e.add(request("a", 9, most=2))
     assert e.step().tokens == (1 if answer < 1 else 7)
     e.drain()
@@ -185,7 +187,7 @@ def test_newcomers_leave_room_for_those_who_run() -> None:
 
 
 def test_a_budget_below_the_decodes_serves_them_in_turn() -> None:
-    e = engine(budget=lambda decodes, context: 2 if decodes else 8)
+    e = engine(budget=lambda decodes, context, due: 2 if decodes else 8)
     for id in "abcd":
         e.add(request(id, 2, most=30))
     for _ in range(21):

@@ -235,3 +235,44 @@ def test_a_model_without_tokenizer_takes_tokens(engine: FakeEngine) -> None:
 def test_a_checkpoint_without_template(engine: FakeEngine) -> None:
     with client_of(engine) as client:
         assert chat(client).json()["error"]["code"] == "no_chat_template"
+
+
+def test_the_checkpoints_settings_count_where_a_request_says_nothing(client: TestClient, engine: FakeEngine) -> None:
+    engine.defaults = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    complete(client, max_tokens=1, temperature=None)
+    chat(client, max_tokens=1, temperature=0, top_k=-1, top_p=1)
+    (_, _, first, _), (_, _, second, _) = engine.submitted
+    assert (first.temperature, first.top_k, first.top_p) == (0.6, 20, 0.95)
+    assert (second.temperature, second.top_k, second.top_p) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("prompt", ["a cat é on", [[72, 5, 9], [4]], "b"])
+@pytest.mark.parametrize("most", [0, 1, 4])
+def test_echo_with_logprobs_tells_of_the_prompt(
+    client: TestClient, engine: FakeEngine, prompt: str | list[list[int]], most: int
+) -> None:
+    asked = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": most, "n": 2}
+    body = complete(client, **asked).json()
+    assert body["usage"]["completion_tokens"] == most * len(body["choices"])
+    chunks = events(complete(client, **asked, stream=True).text)
+    for choice in body["choices"]:
+        told = choice["logprobs"]
+        ids = engine.submitted[choice["index"] // 2][1]
+        assert {len(column) for column in told.values()} == {len(ids) + most}
+        assert (told["token_logprobs"][0], told["top_logprobs"][0], told["text_offset"][0]) == (None, None, 0)
+        assert told["token_logprobs"][1:] == [-1.0] * (len(ids) - 1) + [-0.5] * most
+        for token, offset, top in zip(told["tokens"], told["text_offset"], told["top_logprobs"], strict=True):
+            assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
+            assert top is None or token in top
+        assert choice["finish_reason"] == "length"
+        parts = [one for chunk in chunks for one in chunk["choices"] if one["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        for name, column in told.items():
+            assert [x for part in parts if part["logprobs"] for x in part["logprobs"][name]] == column
+
+
+def test_nothing_to_answer_is_refused(client: TestClient) -> None:
+    assert complete(client, max_tokens=0).json()["error"]["param"] == "max_tokens"
+    assert chat(client, max_tokens=0).json()["error"]["param"] == "max_tokens"
+    silent = complete(client, max_tokens=0, echo=True).json()["choices"][0]
+    assert (silent["text"], silent["logprobs"]) == ("the cat", None)

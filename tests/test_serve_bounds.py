@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from serving import chat, client_of, complete, folder_of
 from starlette.testclient import TestClient
 
+from coterie.serve.chat_protocol import ChatRequest
 from coterie.serve.errors import ApiError, encode
 from coterie.serve.parse import check, is_deep, parse_json
-from coterie.serve.protocol import ChatRequest, CompletionRequest
+from coterie.serve.protocol import CompletionRequest
 from coterie.serve.settings import ServerSettings
 
 JSON = st.recursive(

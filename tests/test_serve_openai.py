@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
-from serving import Running, folder_of
+from serving import TEMPLATE, Running, folder_of
 
 openai = pytest.importorskip("openai")
 
@@ -55,7 +57,7 @@ CHATS = {
     "response_format": [{"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": SCHEMA}],
     "tools": [[TOOL]],
     "tool_choice": ["none", "auto"],
-    "parallel_tool_calls": [True],
+    "parallel_tool_calls": [True, False],
     "prompt_cache_key": ["k"],
     "safety_identifier": ["s"],
     "service_tier": ["auto", "default"],
@@ -70,7 +72,6 @@ REFUSED_CHATS = {
     "metadata": {"a": "b"},
     "modalities": ["text", "audio"],
     "moderation": {"model": "m"},
-    "parallel_tool_calls": False,
     "prediction": {"type": "content", "content": "a"},
     "prompt_cache_options": {"mode": "implicit"},
     "prompt_cache_retention": "24h",
@@ -132,7 +133,7 @@ def test_a_documented_parameter_works(client: Any, what: str, name: str, value: 
 @pytest.mark.parametrize(("what", "name", "value"), REFUSED)
 def test_a_parameter_that_is_not_served_is_refused_by_name(client: Any, what: str, name: str, value: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        _create(client, what, **{name: value})
+        _create(client, what, **{**NEEDS.get(name, {}), name: value})
     assert caught.value.param == name
     assert caught.value.code == "unsupported_parameter"
     assert name in caught.value.body["message"]
@@ -170,6 +171,35 @@ def test_structured_text_follows_its_grammar(client: Any) -> None:
     for bad in ({"regex": "(((("}, {"grammar": "no grammar"}, {"regex": "a", "choice": ["b"]}, {"json": {"type": 5}}):
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="fake", prompt="a", extra_body={"structured_outputs": bad})
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools(tmp_path: Path, choice: Any, stream: bool) -> None:
+    pytest.importorskip("llguidance")
+    shown = TEMPLATE + '{# <tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call> #}'
+    engine = FakeEngine(max_model_len=1024)
+    engine.script = engine.tokenizer.encode('a <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>')
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    settings: dict[str, Any] = {"tools": [tool], "tool_choice": choice, "max_tokens": 100}
+    with (
+        Running(engine, folder_of(tmp_path, shown)) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        messages: list[Any] = [{"role": "user", "content": "a"}]
+        if stream:
+            with client.chat.completions.stream(model="fake", messages=messages, **settings) as events:
+                last = events.get_final_completion().choices[0]
+        else:
+            last = client.chat.completions.create(model="fake", messages=messages, **settings).choices[0]
+        (call,) = last.message.tool_calls
+        assert (last.finish_reason, last.message.content or None) == ("tool_calls", "a" if choice == "auto" else None)
+        assert (call.function.name, json.loads(call.function.arguments)) == ("f", {"a": 1})
+        said = {"role": "assistant", "tool_calls": [{**call.to_dict(), "function": {"name": "f", "arguments": "{}"}}]}
+        messages += [said, {"role": "tool", "tool_call_id": call.id, "content": "2"}]
+        again = client.chat.completions.create(model="fake", messages=messages, max_tokens=1)
+        assert again.usage.prompt_tokens > 0
 
 
 def test_a_stream_that_is_given_up_frees_its_place(client: Any) -> None:

@@ -9,7 +9,8 @@ from fake_engine import FakeEngine
 from hypothesis import HealthCheck, given, settings
 from serving import Running, client_of, folder_of
 
-from coterie.serve.protocol import ChatRequest, CompletionRequest
+from coterie.serve.chat_protocol import ChatRequest
+from coterie.serve.protocol import CompletionRequest
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from fake_engine import FakeEngine
 from serving import TEMPLATE, chat, client_of, folder_of
 
 from coterie.serve.chat import rendered
+from coterie.serve.chat_protocol import ChatRequest
 from coterie.serve.errors import ApiError
-from coterie.serve.protocol import ChatRequest
 from coterie.serve.settings import KEYS_VARIABLE, ServerSettings
 from coterie.serve.templates import load_templates
 

@@ -121,6 +121,8 @@ template <class X, class K, class C> struct Layer {
                 for (int r = 0; r < repeat; r++, i++) {
                     int64_t token = a.starts[u.sequence] + u.token + t, head = (u.group + g) * repeat + r;
                     s.row[i] = taken<X, C>((const X *)a.q + (token * a.heads + head) * a.d, s.query + i * a.d, a.d);
+                    if (s.tiled && s.row[i] != s.query + i * a.d)
+                        memcpy(s.query + i * a.d, s.row[i], size_t(a.d) * sizeof(C));
                 }
     }
 
@@ -134,10 +136,10 @@ template <class X, class K, class C> struct Layer {
         auto lo = [&](int64_t t) { return int(std::max<int64_t>(0, first_key(first + t) - start)); };
         auto hi = [&](int64_t t) { return int(std::min<int64_t>(TILE, first + t + 1 - start)); };
         bool even = lo(t0) == lo(t1 - 1) && hi(t0) == hi(t1 - 1);
-        bool whole = fill<K, C>(s, k, v, slot, u.group + g, lo(t0), hi(t1 - 1), a.d, padded);
+        fill<K, C>(s, k, v, slot, u.group + g, lo(t0), hi(t1 - 1), a.d, padded);
         int from = base + int(t0) * repeat, to = base + int(t1) * repeat;
         score_rows(s, from, to, a.d);
-        if (even || whole) {
+        if (even || finite<LARGEST<K> != 0>(s, padded)) {
             for (int i = from; i < to; i++) soft(s, i, lo((i - base) / repeat), hi((i - base) / repeat));
             weigh_rows(s, from, to, padded);
             return;
@@ -163,6 +165,7 @@ template <class X, class K, class C> struct Layer {
         s.total.clear(rows, padded);
         long slot[TILE], ahead[TILE];
         float total[ROWS] = {};
+        bool first = true;  // nobody has asked for the first tile yet
         for (int64_t part = u.from; part < u.to; part++) {
             s.part.clear(rows, padded);
             int64_t start = std::max(part * PART, begin / TILE * TILE), stop = std::min((part + 1) * PART, end);
@@ -172,6 +175,9 @@ template <class X, class K, class C> struct Layer {
                     bad = true;
                     return;
                 }
+                if (first)
+                    for (int g = 0; g < u.groups; g++) fetch(u.group + g, slot, next - start);
+                first = false;
                 for (int g = 0; g < u.groups; g++) {
                     fetch(u.group + g, ahead, last - next);
                     tile(s, u, g, start, slot);
@@ -246,6 +252,7 @@ template <class X, class K, class C> struct Layer {
                     for (int g = 0; g < a.groups; g++) put(t, g);
             }
             Scratch<C> s;
+            s.tiled = sizeof(C) == 2 && has_tiles() && a.d % 32 == 0;
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < int64_t(units.size()); i++) run(s, units[i]);
         }

@@ -5,6 +5,7 @@
 // and parts are merged in order. So a row's bits depend on its own query and keys and on nothing else.
 #pragma once
 #include "kvtypes.h"
+#include "tiles.h"
 
 constexpr int TILE = 64, PART = 512, ROWS = 64, WIDEST = 256;
 constexpr int CHUNKS = TILE / LANES;  // vectors in a tile
@@ -31,8 +32,13 @@ template <class C> struct Scratch {
     alignas(64) C room[TILE * WIDEST];
     alignas(64) C query[ROWS * WIDEST];
     const C *row[ROWS];
+    const word *value_row[TILE / HELD];  // in `values`, or where the cache has them in words of C
     float decay[ROWS];
     State part, total;
+    bool tiled = false;  // rows go through tiles: all of `query` is then filled
+#if COTERIE_TILES
+    Tiles tiles;
+#endif
 };
 
 // One head of one layer's keys or values.
@@ -44,9 +50,9 @@ template <class K> struct Store {
 };
 
 // Readies the keys and values of slots lo to hi of a tile: keys across, values in pairs where C is bf16; the other
-// slots are not read, and become zeros. Returns whether all values are finite.
+// slots are not read, and become zeros.
 template <class K, class C>
-static bool fill(Scratch<C> &s, const Store<K> &k, const Store<K> &v, const long *slot, int head, int lo, int hi,
+static void fill(Scratch<C> &s, const Store<K> &k, const Store<K> &v, const long *slot, int head, int lo, int hi,
                  long d, long padded) {
     constexpr int HELD = Words<C>::HELD;
     const C *row[TILE];
@@ -58,29 +64,46 @@ static bool fill(Scratch<C> &s, const Store<K> &k, const Store<K> &v, const long
             s.value_scale[i] = used ? v.scales[slot[i] * v.heads + head] : 0;
         }
     }
+    long words = d / HELD;
     for (int j = 0; j < TILE; j += 16) {
-        const word *at[16];
-        for (long i = 0; i < d / HELD; i += 16) {
-            for (int r = 0; r < 16; r++) at[r] = row[j + r] ? (const word *)row[j + r] + i : nullptr;
-            transpose(at, d / HELD - i < 16 ? d / HELD - i : 16, s.keys + i * TILE + j, TILE);
+        if (j + 16 <= lo || j >= hi) {
+            for (long i = 0; i < words; i++) memset(s.keys + i * TILE + j, 0, 16 * sizeof(word));
+            continue;
         }
+        for (long i = 0; i < words; i += 16)
+            transpose((const word *const *)row + j, words - i < 16 ? words - i : 16, s.keys + i * TILE + j, TILE, i);
     }
     for (int i = lo; i < hi; i++) row[i] = taken<K, C>(v.numbers + slot[i] * v.stride + head * d, s.room + i * d, d);
-    vec broken = zeros();
     for (int j = 0; j < TILE / HELD; j++) {
         word *out = s.values + j * padded;
+        s.value_row[j] = out;
+        if ((j + 1) * HELD <= lo || j * HELD >= hi) {
+            memset(out, 0, size_t(padded) * sizeof(word));
+            continue;
+        }
         if constexpr (HELD == 2)
             for (long i = 0; i < d; i += 32)
                 interleave(row[2 * j] ? row[2 * j] + i : nullptr, row[2 * j + 1] ? row[2 * j + 1] + i : nullptr,
                            d - i, out + i);
+        else if (row[j] && d == padded)
+            s.value_row[j] = (const word *)row[j];
         else
             for (long i = 0; i < padded; i += LANES)
                 store((float *)out + i, row[j] ? load_part((const float *)row[j] + i, d - i) : zeros());
-        for (long i = 0; i < padded; i += LANES) broken = Words<C>::add(load_words(out + i), zeros(), broken);
     }
-    if (LARGEST<K> != 0)
-        for (int i = 0; i < TILE; i += LANES) broken = fma(load(s.value_scale + i), zeros(), broken);
-    return sum(broken) == 0;
+}
+
+// Whether all values of a tile, and their scales, are finite.
+template <bool SCALED, class C> static bool finite(const Scratch<C> &s, long padded) {
+    vec broken[4] = {zeros(), zeros(), zeros(), zeros()};
+    for (int j = 0; j < TILE / Words<C>::HELD; j++)
+        for (long i = 0; i < padded; i += LANES) {
+            vec &own = broken[i / LANES % 4];
+            own = Words<C>::add(load_words(s.value_row[j] + i), zeros(), own);
+        }
+    if (SCALED)
+        for (int i = 0; i < TILE; i += LANES) broken[0] = fma(load(s.value_scale + i), zeros(), broken[0]);
+    return sum(add(add(broken[0], broken[1]), add(broken[2], broken[3]))) == 0;
 }
 
 // scores = q k^T of M rows.
@@ -110,11 +133,12 @@ template <int M, int N, class C> static inline void weigh(Scratch<C> &s, int row
     vec acc[M * N];
     constexpr int STEPS = TILE / Words<C>::HELD;
     float *out = s.part.values + row * padded + at;
-    const word *values = s.values + at, *weights = s.weights + row * STEPS;
+    const word *weights = s.weights + row * STEPS;
     for (int m = 0; m < M; m++)  // + 0 makes no -0, to which a weight of 0 would make a difference
         for (int n = 0; n < N; n++)
             acc[m * N + n] = fma(load(out + m * padded + n * LANES), all(s.decay[row + m]), zeros());
-    for (int j = 0; j < STEPS; j++, values += padded) {
+    for (int j = 0; j < STEPS; j++) {
+        const word *values = s.value_row[j] + at;
         vec v[N];
         for (int n = 0; n < N; n++) v[n] = load_words(values + n * LANES);
         for (int m = 0; m < M; m++) {
@@ -158,14 +182,76 @@ template <int M, class C> static inline void weigh_all(Scratch<C> &s, int row, l
     for (; at < padded; at += LANES) weigh<M, 1>(s, row, at, padded);
 }
 
+#if COTERIE_TILES
+
+// The same through tiles, for n <= 16 rows: keys and values lie as right operands need them.
+static inline void score_tiles(Scratch<bf16> &s, int row, int n, long d) {
+    asm volatile("" ::: "memory");
+    s.tiles.rows(n);
+    for (int c = 0; c < TILE; c += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (long k = 0; k < d; k += STEP) {
+            const word *keys = s.keys + k / 2 * TILE + c;
+            _tile_loadd(4, s.query + row * d + k, d * 2);
+            _tile_loadd(6, keys, TILE * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, keys + 16, TILE * 4);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, s.scores + row * TILE + c, TILE * 4);
+        _tile_stored(1, s.scores + row * TILE + c + 16, TILE * 4);
+    }
+}
+
+static inline void weigh_tiles(Scratch<bf16> &s, int row, int n, long padded) {
+    constexpr long STEPS = TILE / 2;
+    float *out = s.part.values + row * padded;
+    for (int m = 0; m < n; m++)
+        for (long i = m * padded; i < (m + 1) * padded; i += LANES)
+            store(out + i, fma(load(out + i), all(s.decay[row + m]), zeros()));
+    asm volatile("" ::: "memory");
+    s.tiles.rows(n);
+    for (long at = 0; at < padded; at += 32) {
+        _tile_loadd(0, out + at, padded * 4);
+        _tile_loadd(1, out + at + 16, padded * 4);
+        for (long j = 0; j < STEPS; j += 16) {
+            const word *values = s.values + j * padded + at;
+            _tile_loadd(4, s.weights + row * STEPS + j, STEPS * 4);
+            _tile_loadd(6, values, padded * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, values + 16, padded * 4);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, out + at, padded * 4);
+        _tile_stored(1, out + at + 16, padded * 4);
+    }
+}
+
+#endif
+
 // Rows from to to: the same arithmetic for each, in tiles of rows.
 template <class C> static void score_rows(Scratch<C> &s, int from, int to, long d) {
+#if COTERIE_TILES
+    if constexpr (sizeof(C) == 2)
+        if (s.tiled) {
+            for (; from < to; from += 16) score_tiles(s, from, to - from < 16 ? to - from : 16, d);
+            return;
+        }
+#endif
     for (; from + 6 <= to; from += 6) score<6>(s, from, d);
     for (; from + 2 <= to; from += 2) score<2>(s, from, d);
     if (from < to) score<1>(s, from, d);
 }
 
 template <class C> static void weigh_rows(Scratch<C> &s, int from, int to, long padded) {
+#if COTERIE_TILES
+    if constexpr (sizeof(C) == 2)
+        if (s.tiled) {
+            for (; from < to; from += 16) weigh_tiles(s, from, to - from < 16 ? to - from : 16, padded);
+            return;
+        }
+#endif
     for (; from + 6 <= to; from += 6) weigh_all<6>(s, from, padded);
     for (; from + 2 <= to; from += 2) weigh_all<2>(s, from, padded);
     if (from < to) weigh_all<1>(s, from, padded);

@@ -46,8 +46,8 @@ template <int COUNT> static inline void sums(const vec *a, float *out) {
     }
 }
 
-// out[m * N + n] = sum over k of x[m][k] * w[n * stride + k], in fp32. The best tile is 4 x 4, and 1 x 8 or 2 x 8 of
-// fewer rows. With AHEAD the next N rows of w are fetched meanwhile: four streams do not keep the memory busy, eight do.
+// out[m * N + n] = sum over k of x[m][k] * w[n * stride + k], in fp32. The best tile is 4 x 4, 6 x 4 of
+// many rows, and 1 x 8 or 2 x 8 of few. With AHEAD the next N rows of w are fetched meanwhile: four streams do not keep the memory busy, eight do.
 template <int M, int N, bool AHEAD = false, class X, class W>
 static inline __attribute__((always_inline)) void dots(const X *const *x, const W *w, long stride, long K, float *out) {
     using step = Step<X, W>;

@@ -89,11 +89,11 @@ template <> struct Words<bf16> {
 
 #if COTERIE_AVX512
 
-// out[i * stride + j] = row[j][i] for 16 rows of n <= 16 words; a null row is zeros.
-static inline void transpose(const word *const *row, long n, word *out, long stride) {
+// out[i * stride + j] = row[j][from + i] for 16 rows of n <= 16 words; a null row is zeros.
+static inline void transpose(const word *const *row, long n, word *out, long stride, long from = 0) {
     __m512i a[16], b[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) a[i] = row[i] ? _mm512_maskz_loadu_epi32(first(n), row[i]) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i++) a[i] = row[i] ? _mm512_maskz_loadu_epi32(first(n), row[i] + from) : _mm512_setzero_si512();
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -133,9 +133,9 @@ static inline void interleave(const bf16 *a, const bf16 *b, long n, word *out) {
 
 #else
 
-static inline void transpose(const word *const *row, long n, word *out, long stride) {
+static inline void transpose(const word *const *row, long n, word *out, long stride, long from = 0) {
     for (int j = 0; j < 16; j++)
-        for (long i = 0; i < n; i++) out[i * stride + j] = row[j] ? row[j][i] : 0;
+        for (long i = 0; i < n; i++) out[i * stride + j] = row[j] ? row[j][from + i] : 0;
 }
 
 static inline void interleave(const bf16 *a, const bf16 *b, long n, word *out) {

@@ -3,6 +3,7 @@
 // A task is a block of weights, small enough to stay in a core's second cache, by a block of rows of x. Few rows give
 // tasks along N alone: each thread then streams its own share of the weights once, which is all that decoding costs.
 #include "linear.h"
+#include "linear_tiles.h"
 
 constexpr long BLOCK = 256 << 10;  // bytes of weights in a block
 constexpr long ROWS = 240;         // rows of x in a block
@@ -10,6 +11,10 @@ constexpr long ROWS = 240;         // rows of x in a block
 template <class X, class W, class Y>
 static void linear(const X *x, const W *w, const W *bias, Y *y, long T, long N, long K, int threads) {
     if (T <= 0 || N <= 0) return;
+#if COTERIE_TILES
+    if constexpr (sizeof(X) == 2 && sizeof(W) == 2)
+        if (TiledLinear<Y>::takes(N, K)) return TiledLinear<Y>{x, w, bias, y, T, N, K, nullptr}.run(threads);
+#endif
     long most = BLOCK / (K * long(sizeof(W)) + 1) + 1;
     long blocks_N = share(share(N, threads), most) * threads, width = share(share(N, blocks_N), 8) * 8;
     blocks_N = share(N, width);

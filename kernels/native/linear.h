@@ -33,6 +33,8 @@ template <class X, class W, class Y> struct Linear {
     }
 
     template <bool AHEAD> void strip(long m, long t, long n, long n_end) const {
+        if (m == 6) strip<6, AHEAD>(t, n, n_end);
+        if (m == 5) strip<5, AHEAD>(t, n, n_end);
         if (m == 4) strip<4, AHEAD>(t, n, n_end);
         if (m == 3) strip<3, AHEAD>(t, n, n_end);
         if (m == 2) strip<2, AHEAD>(t, n, n_end);
@@ -40,11 +42,11 @@ template <class X, class W, class Y> struct Linear {
     }
 
     // Few rows, which wait in the first cache, pass over four rows of weights before the next four are read: the
-    // memory works all the time. Many rows pass over the whole block, four at a time.
+    // memory works all the time. Many rows pass over the whole block, six at a time.
     void block(long t, long t_end, long n, long n_end) const {
         long rows = t_end - t, wide = rows > 4 && rows * K * long(sizeof(X)) <= FEW ? 4 : n_end - n;
         for (; n < n_end; n += wide) {
-            long end = n_end - n < wide ? n_end : n + wide, tiles = share(rows, 4), m = share(rows, tiles);
+            long end = n_end - n < wide ? n_end : n + wide, tiles = share(rows, rows > 8 ? 6 : 4), m = share(rows, tiles);
             strip<true>(m, t, n, end);
             for (long i = t + m; --tiles > 0; i += m) {
                 m = share(t_end - i, tiles);

@@ -1,0 +1,117 @@
+// Products of bf16 rows in the tile registers of AMX.
+//
+// The weights are the left operand as they lie in the model: a tile is 16 of their rows by 32 numbers along K. Up to
+// 16 rows of x, a group, are the right operand, packed as (K / 2 words, 16), a word being two neighbours along K. A
+// product of tiles takes as long for one row as for 16, so few rows wait for nothing but the weights.
+//
+// An output is summed along K in one order, whatever stands beside it: a row's bits do not depend on the others.
+#pragma once
+#include "lanes.h"
+
+constexpr long GROUP = 16;     // rows of x in a group, and of weights in a tile
+constexpr long STEP = 32;      // numbers along K in a tile
+constexpr long ANSWER = 256;   // numbers of a tile of answers: (16 rows of weights, 16 rows of x)
+
+#if COTERIE_AVX512 && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define COTERIE_TILES 1
+#include <cstdlib>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// Whether this process may use the tiles: the system gives them to who asks. COTERIE_TILES=0: it shall not.
+static inline bool has_tiles() {
+    static const bool given = [] {
+        const char *wish = getenv("COTERIE_TILES");
+        constexpr long ASK = 0x1023, DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return !(wish && *wish == '0') && syscall(SYS_arch_prctl, ASK, DATA) == 0;
+    }();
+    return given;
+}
+
+// While one lives, the tiles of its thread have rows of 64 bytes: 16 in the right operands (6 and 7), `rows` in the
+// answers (0 to 3) and in the left operands (4 and 5).
+struct Tiles {
+    int shaped = 0;
+
+    void rows(int count) {
+        if (count == shaped) return;
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, none[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } shape;
+        for (int i = 0; i < 6; i++) shape.rows[i] = uint8_t(count);
+        _tile_loadconfig(&shape);
+        shaped = count;
+    }
+    ~Tiles() {
+        if (shaped) _tile_release();
+    }
+};
+
+// out (K / 2, 16) of at most 16 rows; a null row is zeros.
+static inline void pack(const bf16 *const *rows, long K, word *out) {
+    for (long k = 0; k < K / 2; k += GROUP) {
+        const word *part[GROUP];
+        for (long i = 0; i < GROUP; i++) part[i] = rows[i] ? (const word *)rows[i] + k : nullptr;
+        transpose(part, GROUP, out + k * GROUP, GROUP);
+    }
+}
+
+// out[g][i] = the answer of w_i, 16 rows of weights, and group g, for i of 0 and 1. Groups lie K / 2 * 16 words apart.
+// While it computes, the 16 rows from each of `next` are fetched; null: none.
+template <int G>
+static inline void products(const bf16 *w0, const bf16 *w1, long K, const word *x, float *out,
+                            const bf16 *const *next) {
+    const word *y = x + K / 2 * GROUP;
+    const char *ahead0 = next ? (const char *)next[0] : nullptr, *ahead1 = next ? (const char *)next[1] : nullptr;
+    asm volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
+    _tile_zero(0);
+    _tile_zero(1);
+    if (G == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (long k = 0; k < K; k += STEP) {
+        _tile_loadd(4, w0 + k, K * 2);
+        _tile_loadd(6, x + k / 2 * GROUP, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, w1 + k, K * 2);
+        _tile_dpbf16ps(1, 5, 6);
+        if (G == 2) {
+            _tile_loadd(7, y + k / 2 * GROUP, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        if (next)
+            for (long i = 0; i < GROUP; i++, ahead0 += 64, ahead1 += 64) {
+                _mm_prefetch(ahead0, _MM_HINT_T1);
+                _mm_prefetch(ahead1, _MM_HINT_T1);
+            }
+    }
+    _tile_stored(0, out, 64);
+    _tile_stored(1, out + ANSWER, 64);
+    if (G == 2) {
+        _tile_stored(2, out + 2 * ANSWER, 64);
+        _tile_stored(3, out + 3 * ANSWER, 64);
+    }
+}
+
+// The same for one group or two.
+static inline void products(long groups, const bf16 *w0, const bf16 *w1, long K, const word *x, float *out,
+                            const bf16 *const *next) {
+    groups == 2 ? products<2>(w0, w1, K, x, out, next) : products<1>(w0, w1, K, x, out, next);
+}
+
+// An answer's first n rows of x as rows of 16 numbers: out[i * stride + j] = answer[j][i].
+static inline void turn(const float *answer, long n, float *out, long stride) {
+    const word *rows[GROUP];
+    for (long j = 0; j < GROUP; j++) rows[j] = (const word *)answer + j * GROUP;
+    transpose(rows, n, (word *)out, stride);
+}
+
+#else
+
+static inline bool has_tiles() { return false; }
+
+#endif
