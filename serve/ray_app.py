@@ -74,7 +74,7 @@ def application(
         health_check_period_s=2,
         health_check_timeout_s=15,
     )
-    return deployment.bind()
+    return deployment.bind()  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def serve_ray(

@@ -29,7 +29,7 @@ httpx = pytest.importorskip("httpx")
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 CLIENT = httpx.Client(timeout=60, verify=False)  # making one takes long
 CHILD = """
-import json, os, sys
+import contextlib, json, os, sys
 from fake_engine import FakeEngine
 from coterie.infer.request import QueueFull
 from coterie.serve.replicas import replica
@@ -43,10 +43,10 @@ class Poisoned(FakeEngine):
 def opened(model, config):
     made = Poisoned(step_s=told.get("step_s", 0))
     made.config.max_sequences, made.config.max_queued_requests = 4, 1000
-    places = [place for place in told.get("full", []) if not os.path.exists(place)]
-    if places:  # the first ones to come
-        os.mkdir(places[0])
-        made.refuse = QueueFull("the queue is full")
+    for place in told.get("full", []):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(place)  # the first to come
+            made.refuse = QueueFull("the queue is full")
     return made, None
 sys.exit(replica(opened))
 """
