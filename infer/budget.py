@@ -239,8 +239,9 @@ class _Measurer:
     def _point(self, tokens: int, last: float = 0.0) -> Point:
         step = self._prompts(tokens)
         seconds, loads = self._least(step)
-        if last and seconds > 4 * last:  # twice the tokens cannot cost so much: something else ran
-            seconds = min(seconds, self._time(step)[0])
+        for _ in range(_REPEATS):
+            if last and seconds > 4 * last:  # twice the tokens cannot cost so much: something else ran
+                seconds = min(seconds, self._time(step)[0])
         visited = [sum(map(bool, layer)) for layer in loads]
         return Point(tokens, seconds, sum(visited) / len(visited) if visited else 0.0)
 
