@@ -27,6 +27,7 @@ def test_a_port_must_be_told(tmp_path: Path) -> None:
         serve_ray(tmp_path, ServerSettings(port=0), EngineConfig(), 1)
 
 
+@pytest.mark.long
 def test_replicas_of_ray_answer_as_one_server_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import coterie
 

@@ -136,6 +136,7 @@ def test_of_three_one_is_killed_under_load(tmp_path: Path, monkeypatch: pytest.M
         assert _ask(server).status_code == 200
 
 
+@pytest.mark.long
 def test_clients_that_go_away_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with _fakes(tmp_path, monkeypatch, 2, step_s=0.05) as server:
         for _ in range(12):
@@ -168,6 +169,7 @@ def test_sigterm_drains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         until(lambda: _ended(children))
 
 
+@pytest.mark.long
 def test_after_the_drain_the_rest_is_told_and_a_killed_balancer_leaves_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +186,7 @@ def test_after_the_drain_the_rest_is_told_and_a_killed_balancer_leaves_no_proces
         until(lambda: _ended(children))
 
 
+@pytest.mark.long
 def test_one_without_room_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with _fakes(tmp_path, monkeypatch, 2, full=[str(tmp_path / "one")]) as server:
         assert {_ask(server).status_code for _ in range(6)} == {200}
@@ -194,6 +197,7 @@ def test_one_without_room_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mon
         assert answer.json()["error"]["code"] == "queue_full"
 
 
+@pytest.mark.long
 def test_a_request_that_ends_replicas_does_not_end_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with _fakes(tmp_path, monkeypatch) as server:
         answer = _ask(server, prompt=[1] * 13)
@@ -204,6 +208,7 @@ def test_a_request_that_ends_replicas_does_not_end_all(tmp_path: Path, monkeypat
         assert _told(server)["coterie:replica_starts_total"] == 5
 
 
+@pytest.mark.long
 def test_one_that_hangs_is_killed_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE", "{}")
     monkeypatch.setenv(KEYS_VARIABLE, KEY)  # a replica ends where it sees one
