@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -257,7 +258,8 @@ class Engine:
         elif thread is not None and thread is not threading.current_thread():
             thread.join()
         if self.core.fleet is not None and self.alive:
-            self.core.fleet.end()
+            with contextlib.suppress(RuntimeError):  # one that is gone already
+                self.core.fleet.end()
         self._closed = True
 
     def report(self) -> dict[str, float | int | str]:

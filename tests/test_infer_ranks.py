@@ -47,27 +47,52 @@ def _ranks(rank: int, world: int) -> Ranks:
     return Ranks(rank, rank, world, torch.device("cpu"))
 
 
-def _serve(rank: int, world: int, folder: str, settings: dict[str, Any], count: int) -> list[list[int]]:
-    """Every request's tokens, on the first rank."""
-    config, ranks = _settings(**settings), _ranks(rank, world)
+def _tokens(engine: Engine, count: int) -> list[Any]:
+    asked = [engines.ask(engine, prompt, 9) for prompt in _prompts(count)]
+    engines.drain_all(engine)
+    return [client.tokens() for client in asked]
+
+
+def _told(engine: Engine, count: int) -> list[Any]:
+    """Seeded samples, logprobs, those of prompts, and routes: all that a step gives back."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.8, "seed": 5, "n": 3},
+        {"logprobs": 2, "prompt_logprobs": 1},
+        {"routes": True},
+        {"repetition_penalty": 1.3},
+    ]
+    asked = [engines.ask(engine, p, 6, **kinds[i % len(kinds)]) for i, p in enumerate(_prompts(count))]
+    engines.drain_all(engine)
+    return [
+        [
+            client.tokens(index),
+            [[one.token, one.logprob] for delta in parts for one in delta.logprobs],
+            [[one.token, one.logprob] for one in parts[0].prompt_logprobs],
+            [[list(ids) for ids in layers] for delta in parts for layers in delta.routes],
+        ]
+        for client in asked
+        for index, parts in sorted(client.deltas.items())
+    ]
+
+
+CASES = {"tokens": _tokens, "told": _told}
+
+
+def _serve(rank: int, world: int, folder: str, settings: dict[str, Any], case: str, count: int) -> list[Any]:
+    """What a case gives, on the first rank."""
+    config, ranks = _settings(**settings), Ranks(rank, rank, world, torch.device("cpu"))
     if rank:
         follow(folder, config, ranks)
         return []
     engine = Engine.open(folder, config, ranks)
-    asked = [engines.ask(engine, prompt, 9) for prompt in _prompts(count)]
-    while not engine.idle:
-        engine.step()
-    counts = engine.core.scheduler.counts()
-    assert counts.used == counts.running == counts.waiting == 0
+    got = CASES[case](engine, count)
+    got.append(engine.core.scheduler.counts().preemptions)
     engine.stop()
-    return [client.tokens() for client in asked]
+    return got
 
 
-def _alone(folder: Path, count: int) -> list[list[int]]:
-    engine = Engine.open(folder, _settings())
-    asked = [engines.ask(engine, prompt, 9) for prompt in _prompts(count)]
-    engines.drain(engine)
-    return [client.tokens() for client in asked]
+def _alone(folder: Path, case: str, count: int) -> list[Any]:
+    return CASES[case](Engine.open(folder, _settings()), count)
 
 
 LAYOUTS = [
@@ -77,16 +102,82 @@ LAYOUTS = [
     (2, {"tp": 2, "ep": 2}),
     (2, {"ep": 2, "exchange": "flat"}),
     (2, {"tp": 2, "ep": 2, "exchange": "flat"}),
+    (2, {}),
     (4, {"ep": 4, "tp": 2}),
-    (4, {"ep": 2, "etp": 2}),
+    (4, {"ep": 2, "etp": 2, "exchange": "flat"}),
     (4, {"ep": 4, "exchange": "hierarchical", "ranks_per_node": 2}),
     (4, {"ep": 4, "exchange": "deduplicated", "ranks_per_node": 2}),
 ]
+MORE = [
+    *LAYOUTS,
+    (4, {"ep": 4, "tp": 2, "exchange": "gathered"}),
+    (4, {"ep": 4, "tp": 2, "exchange": "deduplicated", "ranks_per_node": 2}),
+    (4, {"ep": 2, "etp": 2}),
+    (8, {"ep": 8, "tp": 2}),
+    (8, {"ep": 4, "etp": 2, "tp": 2, "exchange": "hierarchical", "ranks_per_node": 4}),
+    (8, {"ep": 8, "exchange": "flat"}),
+    (8, {"ep": 8, "exchange": "deduplicated", "ranks_per_node": 2}),
+    (8, {"ep": 4, "etp": 2}),
+]
 
 
-@pytest.mark.parametrize(("world", "settings"), LAYOUTS, ids=lambda x: str(x).replace("'", ""))
+@pytest.mark.parametrize(("world", "settings"), LAYOUTS, ids=str)
 def test_tokens_are_those_of_one_rank(
     directory: Path, pools: dict[int, Pool], world: int, settings: dict[str, Any]
 ) -> None:
-    got = pools[world].run(_serve, str(directory), settings, 20)[0]
-    assert got == _alone(directory, 20)
+    *got, _ = pools[world].run(_serve, str(directory), settings, "tokens", 20)[0]
+    assert got == _alone(directory, "tokens", 20)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("world", "settings"), MORE, ids=str)
+def test_tokens_of_200_prompts(directory: Path, pools: dict[int, Pool], world: int, settings: dict[str, Any]) -> None:
+    *got, _ = pools[world].run(_serve, str(directory), settings, "tokens", 200)[0]
+    assert got == _alone(directory, "tokens", 200)
+
+
+@pytest.mark.parametrize("settings", [{"ep": 2}, {"tp": 2, "ep": 2}], ids=str)
+def test_all_that_is_told_is_that_of_one_rank(
+    directory: Path, pools: dict[int, Pool], settings: dict[str, Any]
+) -> None:
+    *got, _ = pools[2].run(_serve, str(directory), settings, "told", 12)[0]
+    expected = _alone(directory, "told", 12)
+    assert len(got) == len(expected) > 12
+    for (tokens, logprobs, prompt, routes), (tokens_1, logprobs_1, prompt_1, routes_1) in zip(
+        got, expected, strict=True
+    ):
+        assert (tokens, routes) == (tokens_1, routes_1)
+        for mine, its in ((logprobs, logprobs_1), (prompt, prompt_1)):
+            assert [token for token, _ in mine] == [token for token, _ in its]
+            assert [logprob for _, logprob in mine] == pytest.approx([logprob for _, logprob in its], abs=1e-4)
+
+
+def test_sequences_give_way_in_their_own_lane(directory: Path, pools: dict[int, Pool]) -> None:
+    room = 30 * 4 * engines.BLOCK
+    *got, preempted = pools[2].run(_serve, str(directory), {"ep": 2, "kv_memory": room}, "tokens", 30)[0]
+    assert got == _alone(directory, "tokens", 30)
+    assert preempted > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "why"),
+    [
+        ({"ep": 4, "tp": 2}, 2, "tp=2, ep=4, etp=1 need 4 ranks or a multiple of them, not 2"),
+        ({"ep": 3}, 2, "need 3 ranks"),
+        ({"draft": "somewhere"}, 2, "a draft model guesses on one rank alone"),
+    ],
+    ids=str,
+)
+def test_ranks_that_do_not_fit_are_refused(settings: dict[str, Any], world: int, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        _settings(**settings).check_ranks(world)
+
+
+def test_several_ranks_are_not_forgotten(directory: Path) -> None:
+    with pytest.raises(ValueError, match="need 2 ranks or a multiple of them, not 1"):
+        Engine.open(directory, _settings(ep=2))
+
+
+def test_an_exchange_that_is_none_is_refused(directory: Path, pools: dict[int, Pool]) -> None:
+    with pytest.raises(AssertionError, match="exchange 'wild' is not one of auto, gathered, flat"):
+        pools[2].run(_serve, str(directory), {"ep": 2, "exchange": "wild"}, "tokens", 1)
