@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..moe.by_size import Serving
+from ..moe.experts import Experts
 from ..parallel.mesh import Mesh
 from ..parallel.tensor import is_cut
 from .fit import check_fit
@@ -39,7 +40,19 @@ def load_spread(
     _make_plain(model)
     for moe in model.moe_layers:
         moe.dispatch = serving.make(moe.gate, model.embed.weight.dtype)
+        own = serving.owns[-1]
+        if own is not None:
+            _widen(moe.experts, own.slots)
     return model
+
+
+def _widen(experts: Experts, slots: int) -> None:
+    """Makes room for copies of other ranks' experts."""
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        if len(parameter) < slots:
+            wide = parameter.new_zeros(slots, *parameter.shape[1:])
+            wide[: len(parameter)] = parameter.detach()
+            setattr(experts, name, nn.Parameter(wide, requires_grad=False))
 
 
 def _cut(model: GPT, mesh: Mesh) -> None:

@@ -22,7 +22,7 @@ from ..parallel.mesh import Mesh
 from .dispatch import Coordinated, Dispatch, Finish, LocalDispatch, RunExperts
 from .exchanging import Dispatchers, Exchanging
 from .gate import Gate, Routing
-from .gathered import Gathered, Own, Summed, Turn
+from .gathered import Gathered, Own, Placed, Summed, Turn
 
 WAYS = ("gathered", *EXCHANGES)
 SIZES = (1, 4, 16, 64, 256, 1024)
@@ -64,6 +64,10 @@ class Serving:
         turn: told before each pass.
         exchange: one of WAYS for steps of any size; auto: the fastest by size, measured now.
         ranks_per_node: consecutive ranks of one machine; 0: what the launcher says, all where it says nothing.
+        spare: slots of a rank in each layer beyond what its experts need, for copies of others.
+
+    Attributes:
+        owns: per layer, in the order they were asked for, where its experts are; None: all on each rank.
 
     Raises:
         ValueError: there is no such exchange, or ranks were told different numbers of ranks on a node.
@@ -76,10 +80,12 @@ class Serving:
         *,
         exchange: str = "auto",
         ranks_per_node: int = 0,
+        spare: int = 0,
     ) -> None:
         if exchange not in ("auto", *WAYS):
             raise ValueError(f"exchange {exchange!r} is not one of auto, {', '.join(WAYS)}")
-        self.mesh, self.turn, self.exchange = mesh, turn, exchange
+        self.mesh, self.turn, self.exchange, self.spare = mesh, turn, exchange, spare
+        self.owns: list[Own | None] = []
         self.dispatchers = Dispatchers(Exchanging(ranks_per_node=ranks_per_node), mesh.device_type)
         self._replicas: Replicas | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -93,9 +99,12 @@ class Serving:
         """
         degrees = self.mesh.layout.experts(gate.num_experts)
         if degrees.ep == degrees.etp == 1:  # what tp ranks hold alike each computes: messages take longer
+            self.owns.append(None)
             return LocalDispatch()
         members = self._members(degrees.ep * degrees.etp)
-        own = Own(self._group(members), gate.num_experts, degrees.etp)
+        slots = min(gate.num_experts // degrees.ep + self.spare, gate.num_experts)
+        own = Own(self._group(members), gate.num_experts, degrees.etp, slots=slots)
+        self.owns.append(own)
         ways = {name: self._way(name, gate, own, members) for name in self._names(degrees.ep, gate)}
         key = gate.num_experts, gate.top_k, gate.weight.shape[1]
         if key not in self._best:
@@ -121,7 +130,8 @@ class Serving:
         if name == "gathered":
             way = Gathered(own, self.turn)
         else:
-            way = self.dispatchers.make(self.mesh.experts(gate.num_experts).ep.get_group(), gate, exchange=name)
+            group = self.mesh.experts(gate.num_experts).ep.get_group()
+            way = Placed(self.dispatchers.make_slots(group, own.shares * own.slots, name), own)
         if tp == 1:
             return way
         if self._replicas is None:

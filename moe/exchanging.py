@@ -78,21 +78,28 @@ class Dispatchers:
         group: dist.ProcessGroup,
         gate: Gate,
         even_capacity: Callable[[int], int | None] | None = None,
-        exchange: str | None = None,
     ) -> AllToAllDispatch:
         """The dispatcher of the layer of `gate`, with its experts spread over `group`. Layers over one group share
-        its parts. `exchange`: another than the settings'.
+        its parts.
 
         Raises:
             ValueError: the experts do not spread, the chunks do not fit, or the exchange does not fit the nodes.
         """
         experts, settings = gate.num_experts, self.settings
-        network, name = self.network(group), exchange or settings.exchange
+        network, name = self.network(group), settings.exchange
         if name == "auto":
             batch = Batch(settings.tokens, gate.weight.shape[1], gate.top_k, experts, self.element_bytes)
             name = self._pick(network, batch)
         chunks, made = settings.chunks_for(experts // group.size()), make_exchange(name, network)
         return AllToAllDispatch(group, experts, even_capacity, exchange=made, chunks=chunks)
+
+    def make_slots(self, group: dist.ProcessGroup, slots: int, exchange: str) -> AllToAllDispatch:
+        """A dispatcher to so many slots for experts, evenly over the ranks of `group`, by an exchange of this name.
+
+        Raises:
+            ValueError: the exchange does not fit the nodes.
+        """
+        return AllToAllDispatch(group, slots, exchange=make_exchange(exchange, self.network(group)))
 
     def network(self, group: dist.ProcessGroup) -> Network:
         """The group's parts, the same each time."""

@@ -2,7 +2,8 @@
 own experts, and the answers are summed at home. No counts travel and no size is read: all ranks know who brings what.
 """
 
-# Shapes: T tokens of this rank, M the most that a rank brings, P ranks of a group, A = P * M, D model, K choices.
+# Shapes: T tokens of this rank, M the most that a rank brings, P shares, A tokens of all, D model, K choices, E experts,
+# C slots.
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..parallel.collectives import all_reduce_sum
 from ..parallel.exchange_replicas import shared
 from ..parallel.tensor import all_gather_single, reduce_scatter_single
-from .dispatch import Finish, RunExperts
+from .dispatch import Dispatch, Finish, RunExperts
 from .gate import Routing
 
 
@@ -42,20 +43,66 @@ class Turn:
 
 
 class Own:
-    """Which of a layer's experts this rank of a group computes: one share of them, of which `etp` neighbours hold
-    slices."""
+    """Which experts the ranks of a group hold: `shares` of them, each with a number of slots, and each on `etp`
+    neighbours that hold slices of the experts there.
 
-    def __init__(self, group: dist.ProcessGroup, experts: int, etp: int = 1) -> None:
-        self.group, shares = group, group.size() // etp
-        if group.size() % etp or experts % shares:
+    Attributes:
+        group, etp: as given.
+        shares, share: how many there are, and which is this rank's.
+        slots: places for an expert in each share.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, experts: int, etp: int = 1, *, slots: int = 0) -> None:
+        """slots: 0: as many as an even share needs, which is where experts lie at first."""
+        self.group, self.etp, self.shares = group, etp, group.size() // etp
+        if group.size() % etp or experts % self.shares:
             raise ValueError(f"{experts} experts in {etp} slices do not spread evenly over {group.size()} ranks")
-        self.count = experts // shares
-        self.first = group.rank() // etp * self.count
+        even = experts // self.shares
+        self.share, self.slots = group.rank() // etp, max(slots, even)
+        every_PC = torch.arange(experts).view(self.shares, even)
+        self.place(
+            F.pad(every_PC, (0, self.slots - even), value=-1), torch.arange(experts).expand(self.shares, -1) // even
+        )
 
-    def local(self, ids: Tensor) -> Tensor:
-        """Experts counted from this rank's first; -1 for those of others, and for none."""
-        ids = ids - self.first
-        return ids.where((ids >= 0) & (ids < self.count), -1)
+    def place(self, slots_PC: Tensor, target_PE: Tensor) -> None:
+        """Takes a placement: the expert in each slot of each share (-1: none), and which share computes an expert for
+        tokens of each. All ranks of the group must take the same at the same step."""
+        shares, experts = target_PE.shape
+        slot_PE = torch.full((shares, experts + 1), -1)
+        for share, slots_C in enumerate(slots_PC.tolist()):
+            for slot, expert in enumerate(slots_C):
+                if expert >= 0:
+                    slot_PE[share, expert] = slot
+        where_PE = slot_PE.gather(0, target_PE)
+        if int(where_PE.min()) < 0:
+            raise ValueError("a share is to compute an expert that it does not hold")
+        none_P1 = torch.full((shares, 1), -1)
+        # An id of -1 is the column behind the last expert.
+        self._local_PE = torch.cat([where_PE.where(target_PE == self.share, -1), none_P1], 1)
+        self._slot_E = torch.cat([target_PE * self.slots + where_PE, none_P1], 1)[self.share]
+
+    def local(self, ids_AK: Tensor, shares_A: Tensor) -> Tensor:
+        """This rank's slots for tokens of these shares; -1 for experts that others compute, and for none."""
+        return self._local_PE.to(ids_AK.device)[shares_A[:, None], ids_AK]
+
+    def slot(self, ids_TK: Tensor) -> Tensor:
+        """The slots of all shares, counted on, that compute this rank's tokens; -1 for none."""
+        return self._slot_E.to(ids_TK.device)[ids_TK]
+
+
+class Placed:
+    """A dispatch to slots, for experts that lie anywhere: every share of its group has `own.slots`."""
+
+    def __init__(self, dispatch: Dispatch, own: Own) -> None:
+        self.dispatch, self.own = dispatch, own
+
+    def start(self, x_TD: Tensor, routing: Routing) -> Finish:
+        """Sends the rows on their way."""
+        return self.dispatch.start(x_TD, routing._replace(ids_TK=self.own.slot(routing.ids_TK)))
+
+    def rows(self, routing: Routing) -> Tensor:
+        """Rows that experts compute for these tokens."""
+        return routing.stats.rows
 
 
 class Summed:
@@ -69,7 +116,8 @@ class Summed:
 
     def start(self, x_TD: Tensor, routing: Routing) -> Finish:
         """Nothing travels before the experts."""
-        ids_TK = self.own.local(routing.ids_TK)
+        shares_T = torch.arange(len(x_TD), device=x_TD.device) % self.own.shares  # copies of an expert take turns
+        ids_TK = self.own.local(routing.ids_TK, shares_T)
         return lambda experts: all_reduce_sum(experts(x_TD, ids_TK, routing.weights_TK, own=True), self.own.group)
 
     def rows(self, routing: Routing) -> Tensor:
@@ -103,7 +151,8 @@ class Gathered:
         x_AD, ids_AK, weights_AK = self._gather(x_TD, routing, most)
 
         def finish(experts: RunExperts) -> Tensor:
-            y_AD = experts(x_AD, self.own.local(ids_AK), weights_AK, own=True)
+            shares_A = torch.arange(len(x_AD), device=x_AD.device) // (most * self.own.etp)
+            y_AD = experts(x_AD, self.own.local(ids_AK, shares_A), weights_AK, own=True)
             y_MD = x_TD.new_empty(most, x_TD.shape[1])
             reduce_scatter_single(y_MD, y_AD, group=self.own.group)
             return y_MD[: len(x_TD)]
