@@ -25,6 +25,9 @@ _AT_LEAST = {
     "ep": 1,
     "etp": 1,
     "ranks_per_node": 0,
+    "spare_experts": 0,
+    "replan_steps": 0,
+    "move_bytes": 1024,
     "seed": 0,
 }
 MOST_DRAFTS = 16
@@ -83,6 +86,13 @@ class EngineConfig:
     exchange: str = "auto"
     """How tokens reach experts on other ranks: gathered (every rank gets all tokens), flat, hierarchical or
     deduplicated (all-to-all); auto: what is fastest for each size of step, measured at the start."""
+    spare_experts: int = 0
+    """Experts of a layer that a rank has room for beyond its even share: copies of those that are asked for most."""
+    replan_steps: int = 0
+    """Steps after which it is looked at anew which rank should hold which expert; they move while requests are
+    served, and no token changes. 0: they stay."""
+    move_bytes: int = 64 << 20
+    """Of experts that a rank gets between two steps, at most; less where that takes more than a tenth of a step."""
     ranks_per_node: int = 0
     """Consecutive ranks of one machine; 0: what the launcher says."""
     rank_timeout_s: float = 120.0

@@ -19,12 +19,14 @@ from .lanes import Lanes
 from .live import Live
 from .outputs import Delta, StepReport
 from .pools import make_pool
+from .replan import Replanner
 from .request import Key, Request
 from .runner import Ran, Runner
 from .sample_state import SampleState
 from .scheduler import Scheduler
 from .step import Budget, Event, SchedulerConfig, Step
 from .traffic import Traffic
+from .wire import Kind
 
 log = logging.getLogger("coterie")
 Hook = Callable[[StepReport], None]
@@ -79,6 +81,7 @@ class Core:
         self._told = list[tuple[Sequence[Event], Ran | None, dict[Key, str]]]()
         self._generated = 0  # tokens told since the last report
         self.overlaps = weight.device.type != "cpu"
+        self.replanner = None if fleet is None or not config.replan_steps else _replanner(model, fleet, config)
 
     def _settings(self, model: GPT, most: int, max_model_len: int, eos_ids: tuple[int, ...]) -> SchedulerConfig:
         config = self.config
@@ -135,10 +138,10 @@ class Core:
         if step is None:
             self._deliver()
             if self.fleet is not None:
-                self.fleet.pulse()
+                self.fleet.say(Kind.PULSE)
             return bool(events)
         prompts = {key: state.prompt_length for key, state in self._states.items()} if self.hooks else None
-        ran = self._run(step, loads=prompts is not None)
+        ran = self._run(step, loads=prompts is not None or self.replanner is not None)
         if ran is None:
             return True
         report = None if prompts is None else self._report(step, ran, prompts)
@@ -148,14 +151,17 @@ class Core:
         self._hand(events, ran)
         if self.drafter is not None:
             self._draft(step)
-        self._observe(step, time.perf_counter() - started)
+        self._observe(step, ran, time.perf_counter() - started)
         if report is not None:
             self._tell(report(self._generated, time.perf_counter() - started))
             self._generated = 0
         return True
 
-    def _observe(self, step: Step, seconds: float) -> None:
-        """Lets the budget learn how long a step took."""
+    def _observe(self, step: Step, ran: Ran, seconds: float) -> None:
+        """Lets the budget and the planner of experts learn how long a step took, and experts move."""
+        if self.replanner is not None and step.slices:
+            self.replanner.seen(ran.loads, step.tokens - len(ran.results), seconds)
+            self.replanner.tick()
         if self.times is not None and step.slices:
             chosen = [piece for piece in step.slices if piece.wants_logits]
             context = sum(piece.start for piece in chosen if len(piece.tokens) == 1 + piece.drafts)
@@ -312,3 +318,8 @@ class Core:
                 one.emit(one.fail("the engine has failed"))
             except Exception:
                 log.exception("the sink of request %s failed", one.key[0])
+
+
+def _replanner(model: GPT, fleet: Fleet, config: EngineConfig) -> Replanner:
+    experts, top_k = [moe.num_experts for moe in model.moe_layers], model.config.moe.top_k
+    return Replanner(fleet, experts, top_k, every=config.replan_steps, most=config.move_bytes)

@@ -24,6 +24,7 @@ from .open_model import generation_defaults, keep_all, model_folder, open_model
 from .outputs import Sink
 from .pools import longest
 from .request import EngineDead, SamplingParams
+from .wire import Kind
 
 PULSE_S = 5.0
 """Seconds without a step after which the other ranks are asked whether they are there."""
@@ -259,7 +260,7 @@ class Engine:
             thread.join()
         if self.core.fleet is not None and self.alive:
             with contextlib.suppress(RuntimeError):  # one that is gone already
-                self.core.fleet.end()
+                self.core.fleet.say(Kind.END)
         self._closed = True
 
     def report(self) -> dict[str, float | int | str]:

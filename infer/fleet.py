@@ -15,9 +15,10 @@ from torch import Tensor
 from ..models.gpt import GPT
 from ..moe.gathered import Turn
 from ..parallel.collectives import all_reduce_sum
+from .moving import Movers, unpack_pieces, unpack_slots
 from .paged import KVPool, PagedCache
 from .step import Step
-from .wire import Kind, Order, Part, decode, encode
+from .wire import Kind, Order, Part, decode, encode, encode_numbers
 
 _FIRST = 2048  # numbers that are sent whatever a message's length: most steps need no second one
 
@@ -43,9 +44,11 @@ class Fleet:
     Attributes:
         rank, world: this one, of so many.
         tp, lanes, lane: ranks of a lane, how many lanes there are, and which one this rank is of.
+        movers: where experts are.
     """
 
-    def __init__(self, model: GPT, turn: Turn, *, tp: int) -> None:
+    def __init__(self, model: GPT, turn: Turn, movers: Movers, *, tp: int) -> None:
+        self.movers = movers
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.tp, self.lanes, self.lane = tp, self.world // tp, self.rank // tp
         self.model, self.turn = model.eval(), turn
@@ -119,10 +122,10 @@ class Fleet:
                 order = decode(self._hear(), self.lane)
                 if order.kind is Kind.END:
                     return
-                if order.kind is Kind.PULSE:
-                    all_reduce_sum(torch.ones(()))
-                    continue
-                self._answer(order)
+                if order.kind is Kind.STEP:
+                    self._answer(order)
+                else:
+                    self._rest(order.kind, order.numbers)
             except RuntimeError as error:
                 raise RankLost(f"a rank is lost: {error}") from error
 
@@ -135,21 +138,27 @@ class Fleet:
             if order.routes and order.part.tokens and routes:
                 dist.send(torch.stack(routes).short(), 0)
 
-    def pulse(self) -> None:
-        """Asks all ranks whether they are there; the first one calls this while nothing is to do.
+    def say(self, kind: Kind, numbers: Sequence[int] = ()) -> None:
+        """Has all ranks do what is no step: answer a pulse, send pieces of experts, put them in place, or end.
 
         Raises:
-            RankLost: one is not.
+            RankLost: another rank has failed.
         """
         try:
-            self._tell(encode(Kind.PULSE))
-            all_reduce_sum(torch.ones(()))
+            self._tell(encode_numbers(kind, numbers))
+            self._rest(kind, numbers)
         except RuntimeError as error:
             raise RankLost(f"a rank is lost: {error}") from error
 
-    def end(self) -> None:
-        """Lets the other ranks go; the first one calls this once."""
-        self._tell(encode(Kind.END))
+    @torch.inference_mode()
+    def _rest(self, kind: Kind, numbers: Sequence[int]) -> None:
+        if kind is Kind.PULSE:
+            all_reduce_sum(torch.ones(()))
+        elif kind is Kind.MOVE:
+            some = unpack_pieces(numbers)
+            self.movers.move(some[0].layer, some)
+        elif kind is Kind.PLACE:
+            self.movers.place(*unpack_slots(numbers))
 
     def _tell(self, message: Tensor) -> None:
         first = torch.zeros(_FIRST, dtype=torch.int64)

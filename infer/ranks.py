@@ -16,6 +16,7 @@ from ..parallel.launch import Ranks
 from ..parallel.mesh import build_mesh
 from .config import EngineConfig
 from .fleet import Fleet
+from .moving import Movers
 from .open_model import keep_all, model_folder, open_tokenizer
 from .pools import make_pool
 
@@ -31,11 +32,14 @@ def open_fleet(path: str | Path, config: EngineConfig, ranks: Ranks) -> tuple[GP
     tokenizer = open_tokenizer(folder)
     mesh = build_mesh(ranks.device.type, tp=config.tp, ep=config.ep, etp=config.etp)
     turn = Turn(config.tp)
-    serving = Serving(mesh, turn, exchange=config.exchange, ranks_per_node=config.ranks_per_node)
+    serving = Serving(
+        mesh, turn, exchange=config.exchange, ranks_per_node=config.ranks_per_node, spare=config.spare_experts
+    )
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     model = load_spread(folder, mesh, serving, device=ranks.device, dtype=dtype)
     keep_all(model)
-    return model, tokenizer, Fleet(model, turn, tp=config.tp)
+    movers = Movers([moe.experts for moe in model.moe_layers], serving.owns, serving.nodes(config.ep))
+    return model, tokenizer, Fleet(model, turn, movers, tp=config.tp)
 
 
 def follow(path: str | Path, config: EngineConfig, ranks: Ranks) -> None:

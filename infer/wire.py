@@ -1,7 +1,8 @@
 """What the first rank tells the others of a step: numbers in one tensor, checked as they are read. No object travels.
 
-A message is whole numbers: its kind, what is wanted, then for each lane its length, tokens and rows with logits, and
-after these heads the lanes' parts: copies, slices, rows.
+A message is whole numbers: its kind, whether routes are wanted, and the number of lanes; then for each lane its
+length, tokens and rows with logits, and after these heads the lanes' parts: copies, slices, rows. Messages of other
+kinds than a step have numbers in place of lanes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class Kind(IntEnum):
     PULSE = 2
     """Nothing is to do; who does not answer is gone."""
     END = 3
+    MOVE = 4
+    """Pieces of experts are sent (`moving.pack_pieces`)."""
+    PLACE = 5
+    """A layer's experts get other slots (`moving.pack_slots`)."""
 
 
 class Part(NamedTuple):
@@ -56,6 +61,8 @@ class Order(NamedTuple):
     """Logits wanted of every lane."""
     part: Part = Part((), (), ())
     """Of this lane. Keys, drafts and what a slice's logits are for stay with the first rank."""
+    numbers: tuple[int, ...] = ()
+    """Of a message about experts."""
 
 
 def encode(kind: Kind, parts: Sequence[Part] = (), routes: bool = False) -> Tensor:
@@ -67,6 +74,11 @@ def encode(kind: Kind, parts: Sequence[Part] = (), routes: bool = False) -> Tens
     for body in bodies:
         numbers.extend(body)
     return torch.frombuffer(numbers, dtype=torch.int64)
+
+
+def encode_numbers(kind: Kind, numbers: Sequence[int] = ()) -> Tensor:
+    """A message without parts, int64 (N,)."""
+    return torch.tensor([kind, 0, len(numbers), *numbers])
 
 
 def _body(part: Part) -> array:
@@ -90,7 +102,9 @@ def decode(message: Tensor, lane: int) -> Order:
     try:
         kind, routes, lanes = Kind(numbers[0]), bool(numbers[1]), numbers[2]
         if kind is not Kind.STEP:
-            return Order(kind, routes)
+            if len(numbers) != _HEAD + lanes:
+                raise ValueError(f"{lanes} numbers are told of")
+            return Order(kind, routes, numbers=tuple(numbers[_HEAD:]))
         heads = [numbers[_HEAD + i * _LANE : _HEAD + (i + 1) * _LANE] for i in range(lanes)]
         begin = _HEAD + lanes * _LANE + sum(head[0] for head in heads[:lane])
         length, tokens, rows = heads[lane]

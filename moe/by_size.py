@@ -114,6 +114,11 @@ class Serving:
                 log.info(f"{gate.num_experts} experts on {len(members)} ranks, tokens of a lane: {told}")
         return BySize(ways, self.turn, self._best[key])
 
+    def nodes(self, shares: int) -> int:
+        """Nodes over which so many shares of experts are divided evenly; 1 where they are not."""
+        nodes = max(1, self.mesh.world // self.dispatchers.per_node)
+        return nodes if shares % nodes == 0 and self.mesh.layout.ep * self.mesh.layout.etp == self.mesh.world else 1
+
     def _names(self, ep: int, gate: Gate) -> list[str]:
         if self.exchange != "auto":
             return [self.exchange if ep > 1 else "gathered"]

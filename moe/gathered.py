@@ -2,8 +2,8 @@
 own experts, and the answers are summed at home. No counts travel and no size is read: all ranks know who brings what.
 """
 
-# Shapes: T tokens of this rank, M the most that a rank brings, P shares, A tokens of all, D model, K choices, E experts,
-# C slots.
+# Shapes: T tokens of this rank, M the most that a rank brings, A tokens of all, D model, K choices, E experts,
+# P shares of them, C slots of each.
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class Own:
         group, etp: as given.
         shares, share: how many there are, and which is this rank's.
         slots: places for an expert in each share.
+        even: experts of a share at first, when each has a run of them.
     """
 
     def __init__(self, group: dist.ProcessGroup, experts: int, etp: int = 1, *, slots: int = 0) -> None:
@@ -57,7 +58,7 @@ class Own:
         self.group, self.etp, self.shares = group, etp, group.size() // etp
         if group.size() % etp or experts % self.shares:
             raise ValueError(f"{experts} experts in {etp} slices do not spread evenly over {group.size()} ranks")
-        even = experts // self.shares
+        self.even = even = experts // self.shares
         self.share, self.slots = group.rank() // etp, max(slots, even)
         every_PC = torch.arange(experts).view(self.shares, even)
         self.place(

@@ -75,7 +75,21 @@ def _told(engine: Engine, count: int) -> list[Any]:
     ]
 
 
-CASES = {"tokens": _tokens, "told": _told}
+def _moving(engine: Engine, count: int) -> list[Any]:
+    """Tokens of requests that come one by one while experts move, and last how many were sent."""
+    replanner, got = engine.core.replanner, []
+    assert replanner is not None
+    for prompt in _prompts(count):
+        got.append(engines.ask(engine, prompt, 9))
+        for _ in range(4):
+            engine.step()
+    engines.drain_all(engine)
+    assert engine.core.fleet is not None
+    slots = [slots_PC.tolist() for slots_PC in engine.core.fleet.movers.slots if slots_PC is not None]
+    return [*(client.tokens() for client in got), [replanner.plans, replanner.moves, slots]]
+
+
+CASES = {"tokens": _tokens, "told": _told, "moving": _moving}
 
 
 def _serve(rank: int, world: int, folder: str, settings: dict[str, Any], case: str, count: int) -> list[Any]:
@@ -157,6 +171,35 @@ def test_sequences_give_way_in_their_own_lane(directory: Path, pools: dict[int, 
     *got, preempted = pools[2].run(_serve, str(directory), {"ep": 2, "kv_memory": room}, "tokens", 30)[0]
     assert got == _alone(directory, "tokens", 30)
     assert preempted > 0
+
+
+MOVING = [
+    (2, {"ep": 2, "spare_experts": 1}),
+    (2, {"ep": 2, "exchange": "flat"}),
+    (2, {"ep": 2, "tp": 2, "spare_experts": 2}),
+    (4, {"ep": 2, "etp": 2, "spare_experts": 1, "exchange": "flat"}),
+    (4, {"ep": 4, "spare_experts": 1, "ranks_per_node": 2, "exchange": "deduplicated"}),
+    (4, {"ep": 4, "tp": 2, "spare_experts": 1}),
+    (4, {"ep": 2, "spare_experts": 1}),
+]
+
+
+@pytest.mark.parametrize(("world", "settings"), MOVING, ids=str)
+def test_no_token_changes_while_experts_move(
+    directory: Path, pools: dict[int, Pool], world: int, settings: dict[str, Any]
+) -> None:
+    settings = {"replan_steps": 12, "move_bytes": 5000, **settings}
+    *got, (plans, moves, slots), _ = pools[world].run(_serve, str(directory), settings, "moving", 24)[0]
+    assert got == _alone(directory, "tokens", 24)
+    assert plans > 0
+    assert moves > 0
+    for experts, where in zip((4, 8), slots, strict=True):
+        assert {expert for row in where for expert in row} - {-1} == set(range(experts))
+
+
+def test_experts_on_one_rank_cannot_move(directory: Path, pools: dict[int, Pool]) -> None:
+    with pytest.raises(AssertionError, match="experts can move where every MoE layer has them on the same ranks"):
+        pools[2].run(_serve, str(directory), {"tp": 2, "replan_steps": 5}, "tokens", 1)
 
 
 @pytest.mark.parametrize(
