@@ -126,10 +126,10 @@ struct TiledLayer : Layer<bf16> {
         turn(answer, at_most(part.rows - g * GROUP, GROUP), own + (part.row + g * GROUP) * n, n);
     }
 
-    // A task reads as many bytes of hidden rows as of weights at most, as every task reads all hidden rows.
+    // Every task reads all hidden rows: half as many bytes of them as of weights at most.
     void cut(int threads) {
         Layer<bf16>::cut(threads);
-        long wide = at_most(share(plan.first_E[E], at_least(plan.experts_count, 1)), WIDTH);
+        long wide = at_most(2 * share(plan.first_E[E], at_least(plan.experts_count, 1)), WIDTH);
         long tasks = share(share(D, at_least(width_D, wide)), threads) * threads;
         width_D = at_least(width_D, share(share(D, tasks), GROUP) * GROUP);
     }

@@ -41,7 +41,7 @@ struct Tiles {
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } shape;
         for (int i = 0; i < 6; i++) shape.rows[i] = uint8_t(count);
-        _tile_loadconfig(&shape);
+        asm volatile("ldtilecfg %0" ::"m"(shape));  // GCC's intrinsic owns up to reading the first 8 bytes alone
         shaped = count;
     }
     ~Tiles() {
@@ -68,8 +68,9 @@ struct Ahead {
     Ahead(const bf16 *first, const bf16 *second, long K, long products)
         : first((const char *)first), second((const char *)second), left(K / 2), each(share(GROUP, products)) {}
 
-    inline void fetch(long most) {
-        long lines = left < most ? left : most;
+    inline void fetch(long most) { most == GROUP && left >= GROUP ? some(GROUP) : some(left < most ? left : most); }
+
+    inline __attribute__((always_inline)) void some(long lines) {
         for (long i = 0; i < lines; i++) {
             _mm_prefetch(first + i * 64, _MM_HINT_T1);
             _mm_prefetch(second + i * 64, _MM_HINT_T1);
