@@ -19,7 +19,7 @@ from .limits import Bodies, Life, Limits
 from .metrics import Metrics
 from .page import router
 from .protocol import CompletionRequest, ErrorBody
-from .security import Guard, KeyRing
+from .security import Guard, Inside, KeyRing
 from .service import Service
 from .settings import ServerSettings, load_keys
 from .templates import load_templates
@@ -29,7 +29,14 @@ _MESSAGES = {404: "there is nothing at this path", 405: "this path does not take
 _POSTS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 
 
-def build(engine: Any, settings: ServerSettings, folder: Path | None = None) -> FastAPI:
+def build(
+    engine: Any,
+    settings: ServerSettings,
+    folder: Path | None = None,
+    *,
+    keys: KeyRing | None = None,
+    inside: bool = False,
+) -> FastAPI:
     """The application of a running engine.
 
     Its `state` has `service` and `life`, by which a server stops taking requests.
@@ -38,11 +45,14 @@ def build(engine: Any, settings: ServerSettings, folder: Path | None = None) -> 
         engine: an `infer.engine.Engine`, or what has the same methods; who calls starts and stops it.
         settings: limits, keys and names.
         folder: the model's directory, of which the chat template is taken; None: there is none.
+        keys: who may come in; None: those that the settings and the environment name.
+        inside: a balancer stands before it and has checked keys and names.
 
     Raises:
         ValueError: others could reach the server without a key, or the checkpoint's template files are damaged.
     """
-    keys = KeyRing(load_keys(settings))
+    if keys is None:
+        keys = KeyRing([] if inside else load_keys(settings))
     templates = load_templates(folder, settings)
     engine.name = settings.model_name or engine.name
     metrics = Metrics(engine)
@@ -59,10 +69,13 @@ def build(engine: Any, settings: ServerSettings, folder: Path | None = None) -> 
     app = FastAPI(title="coterie", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service, app.state.life = service, life
     app.add_middleware(Bodies, settings=settings)
-    app.add_middleware(Guard, settings=settings, keys=keys)
+    if inside:
+        app.add_middleware(Inside)
+    else:
+        app.add_middleware(Guard, settings=settings, keys=keys)
     app.add_middleware(Limits, settings=settings, life=life, reject=metrics.rejected)
-    app.add_exception_handler(HTTPException, _as_ours)
-    _add_health(app, engine, life)
+    app.add_exception_handler(HTTPException, as_ours)
+    add_health(app, engine, life)
     _add_routes(app, service)
     app.openapi = lambda: _described(app)
     return app
@@ -72,7 +85,7 @@ def _json(body: Any, status: int = 200) -> Response:
     return Response(encode(body), status, media_type="application/json")
 
 
-def _as_ours(_: Request, error: Exception) -> Response:
+def as_ours(_: Request, error: Exception) -> Response:
     """An unknown route or method, in OpenAI's shape."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = _MESSAGES.get(status, "refused")
@@ -81,7 +94,9 @@ def _as_ours(_: Request, error: Exception) -> Response:
     return Response(encode(found.body), status, {**found.headers, **allowed}, media_type="application/json")
 
 
-def _add_health(app: FastAPI, engine: Any, life: Life) -> None:
+def add_health(app: FastAPI, engine: Any, life: Life) -> None:
+    """The routes that tell whether an engine, or what has its `alive` and `failure`, serves."""
+
     async def live() -> Response:
         """Whether the process should go on: 503 once the engine has failed."""
         return _json({"status": "ok"}) if engine.failure is None else _json({"status": "failed"}, 503)
@@ -90,7 +105,7 @@ def _add_health(app: FastAPI, engine: Any, life: Life) -> None:
         """Whether requests are taken: 503 while stopping and after a failure."""
         if engine.alive and not life.draining:
             return _json({"status": "ok"})
-        return _json({"status": "stopping" if engine.failure is None else "failed"}, 503)
+        return _json({"status": "not ready" if engine.failure is None else "failed"}, 503)
 
     own: dict[int | str, dict[str, Any]] = {503: {"description": "It does not."}}
     app.add_api_route("/health/live", live, response_class=Response, responses=own)

@@ -168,7 +168,7 @@ class Flight:
             if good:
                 yield good
             if bad is not None:
-                raise _failure(bad)
+                raise _failure(bad, self._engine.failure is not None)
 
     async def __aenter__(self) -> Flight:
         return self
@@ -188,9 +188,11 @@ class Flight:
             self._metrics.end(id, "abort")
 
 
-def _failure(delta: Delta) -> ApiError:
+def _failure(delta: Delta, dead: bool) -> ApiError:
     if delta.finish == "deadline":
         return ApiError(504, "the request took longer than it may", code="deadline")
     if delta.finish == "abort":
         return ApiError(503, "the server is stopping", code="unavailable", retry_after=1)
+    if dead:
+        return ApiError(503, "the engine has failed: ask again", code="unavailable", retry_after=1)
     return ApiError(500, delta.error or "this request failed; other requests go on", code="internal_error")

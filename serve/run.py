@@ -45,6 +45,7 @@ def serve(
     folder: Path | None = None,
     *,
     ready: Callable[[str], None] = print,
+    inside: Path | None = None,
 ) -> int:
     """Serves until a signal or the engine's failure; starts the engine and stops it.
 
@@ -56,19 +57,35 @@ def serve(
         settings: of the server.
         folder: the model's directory, for its chat template.
         ready: is given one line with the address when requests are taken.
+        inside: a socket to listen at instead, whose folder is closed to others: a balancer stands before it and has
+            checked keys and names.
 
     Returns: the exit status: 0, or 1 where the engine failed.
 
     Raises:
         ValueError: the settings are refused, or nothing can listen at the address.
     """
-    app = build(engine, settings, folder)
-    listener = _listen(settings)
+    app = build(engine, settings, folder, inside=inside is not None)
+    return serve_app(engine, app, settings, listen_inside(inside) if inside else listen(settings), ready)
+
+
+def serve_app(
+    engine: Any, app: FastAPI, settings: ServerSettings, listener: socket.socket, ready: Callable[[str], None] = print
+) -> int:
+    """The same for an application that stands, at an open listener, which is closed at the end."""
     with contextlib.closing(listener):
         return asyncio.run(_run(engine, app, settings, listener, ready))
 
 
-def _listen(settings: ServerSettings) -> socket.socket:
+def listen_inside(path: Path) -> socket.socket:
+    """At a socket in the file system, which may be there from before."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    return listener
+
+
+def listen(settings: ServerSettings) -> socket.socket:
     """Bound before anything is said to be ready; whoever has the port already is told of."""
     try:
         family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
@@ -108,9 +125,11 @@ async def _run(
     _watch_signals(stop)
     engine.start()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started and not serving.done():
+    while not serving.done() and not stop.is_set() and engine.failure is None:
+        if server.started and engine.alive:
+            break
         await asyncio.sleep(0.005)
-    if not serving.done():
+    if server.started and engine.alive:
         ready(_line(engine, settings, listener))
         sys.stdout.flush()
     while not serving.done() and not stop.is_set() and engine.failure is None:
@@ -143,8 +162,7 @@ async def _end(engine: Any, life: Life, seconds: float) -> None:
     await _until(lambda: life.active == 0 or engine.failure is not None, seconds)
     # A thread that nobody waits for at the end: an engine that hangs must not keep the process.
     stopping = threading.Thread(target=engine.stop, daemon=True)
-    if engine.alive:
-        stopping.start()
+    stopping.start()
     await _until(lambda: life.active == 0 and not stopping.is_alive(), _LAST_WORDS)
 
 
@@ -156,18 +174,31 @@ async def _until(done: Callable[[], bool], seconds: float) -> None:
 
 def _line(engine: Any, settings: ServerSettings, listener: socket.socket) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"coterie serves {engine.name} at http://{host}:{listener.getsockname()[1]} (OpenAI's API under /v1)"
+    where = listener.getsockname()
+    url = where if isinstance(where, str) else f"http://{host}:{where[1]}"
+    return f"coterie serves {engine.name} at {url} (OpenAI's API under /v1)"
 
 
 def serve_model(model: Path, settings: ServerSettings, config: EngineConfig) -> int:
     """Opens a model and serves it; see `serve`. Raises what `Engine.open` and `serve` do."""
+    engine, folder = open_engine(model, config)
+    return serve(engine, settings, folder)
+
+
+def open_engine(model: Path, config: EngineConfig) -> tuple[Any, Path]:
+    """The engine of a model, not started, and the model's directory. Raises what `Engine.open` does."""
     from ..infer.engine import Engine
     from ..infer.open_model import model_folder
 
     folder = model_folder(resolve(model))
     engine = Engine.open(folder, config)
+    engine.name = name_of(model)
+    return engine, folder
+
+
+def name_of(model: Path) -> str:
+    """What clients call a model unless they are told otherwise: of the hub's its name there, else its directory's,
+    which of a run is the run's."""
     if is_remote(model):
-        engine.name = str(model).partition(":")[2].strip("/").partition("@")[0]
-    elif folder.name == "model" and folder.resolve() != model.resolve():
-        engine.name = model.resolve().name  # of a run's directory its own name
-    return serve(engine, settings, folder)
+        return str(model).partition(":")[2].strip("/").partition("@")[0]
+    return Path(os.path.abspath(model)).name

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, small_tokenizer
 from starlette.testclient import TestClient
 
 from coterie.serve.app import build
-from coterie.serve.run import _config, _listen, _Server
+from coterie.serve.run import _config, _Server, listen
 from coterie.serve.settings import ServerSettings
 
+HERE = Path(__file__).resolve().parent
 KEY = "a-key-of-the-tests-1"
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -74,7 +77,7 @@ class Running:
     def __init__(self, engine: FakeEngine, folder: Path | None = None, **settings: Any) -> None:
         told = ServerSettings(port=0, **settings)
         self.engine, self.app = engine, build(engine, told, folder)
-        self._listener = _listen(told)
+        self._listener = listen(told)
         self.port: int = self._listener.getsockname()[1]
         self._server = _Server(_config(self.app, told))
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -132,3 +135,67 @@ def read_all(opened: socket.socket) -> bytes:
         while piece := opened.recv(65536):
             data += piece
     return data
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        path = os.pathsep.join([str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+        self._log = log.open("w")
+        self.inner = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
+        assert self.inner.stdout is not None
+        self.line = self.inner.stdout.readline()
+        assert " at http://" in self.line, log.read_text()
+        self.url = self.line.split(" at ")[1].split()[0]
+
+    def end(self, seconds: float = 20) -> int:
+        return self.inner.wait(seconds)
+
+
+@contextlib.contextmanager
+def process(tmp_path: Path, command: list[str]) -> Iterator[Process]:
+    """It is killed at the end."""
+    started = Process(command, tmp_path / "log")
+    try:
+        yield started
+    finally:
+        started.inner.kill()
+        started.inner.wait()
+
+
+@contextlib.contextmanager
+def stream(url: str, tokens: int) -> Iterator[Iterator[str]]:
+    """The events of an answer."""
+    import httpx
+
+    body = {"model": "fake", "prompt": "a", "max_tokens": tokens, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
+        yield (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+
+
+def save_model(folder: Path) -> None:
+    """A tiny random model with a tokenizer and a chat template."""
+    from coterie.models.config import ModelConfig
+    from coterie.models.gpt import GPT
+    from coterie.models.weights import save_model as save
+    from coterie.moe.config import MoEConfig
+
+    moe = MoEConfig(top_k=2, hidden=16)
+    config = ModelConfig(
+        vocab_size=300, max_positions=256, layers=2, dim=16, heads=2, hidden=16, experts=(0, 4), moe=moe
+    )
+    model = GPT(config)
+    model.init_weights(1)
+    save(folder, model, small_tokenizer())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def gauge(url: str, name: str) -> float:
+    """The first of that name in /metrics."""
+    import httpx
+
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))

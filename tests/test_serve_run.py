@@ -9,14 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fake_engine import FakeEngine, small_tokenizer
-from serving import TEMPLATE, until
+from fake_engine import FakeEngine
+from serving import gauge, process, save_model, stream, until
 
 from coterie.serve.limits import Life
 from coterie.serve.run import _end
@@ -36,47 +33,12 @@ sys.exit(serve(engine, ServerSettings(port=int(sys.argv[4]), drain_s=float(sys.a
 """
 
 
-class Process:
-    """A server in a process of its own."""
-
-    def __init__(self, command: list[str], log: Path) -> None:
-        path = os.pathsep.join([str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-        self._log = log.open("w")
-        self.inner = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, "PYTHONPATH": path}
-        )
-        assert self.inner.stdout is not None
-        self.line = self.inner.stdout.readline()
-        assert " at http://" in self.line, log.read_text()
-        self.url = self.line.split(" at ")[1].split()[0]
-
-    def end(self, seconds: float = 20) -> int:
-        return self.inner.wait(seconds)
-
-
-@contextmanager
-def _process(tmp_path: Path, command: list[str]) -> Iterator[Process]:
-    process = Process(command, tmp_path / "log")
-    try:
-        yield process
-    finally:
-        process.inner.kill()
-        process.inner.wait()
-
-
 def _fake(step_s: float = 0.0, die_at: int = 0, drain_s: float = 10, port: int = 0) -> list[str]:
     return [sys.executable, "-c", FAKE, str(step_s), str(die_at), str(drain_s), str(port)]
 
 
-@contextmanager
-def _stream(url: str, tokens: int) -> Iterator[Iterator[str]]:
-    body = {"model": "fake", "prompt": "a", "max_tokens": tokens, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
-        yield (line.removeprefix("data: ") for line in answer.iter_lines() if line)
-
-
 def test_sigterm_refuses_new_requests_and_finishes_the_old(tmp_path: Path) -> None:
-    with _process(tmp_path, _fake(step_s=0.02)) as server, _stream(server.url, 60) as lines:
+    with process(tmp_path, _fake(step_s=0.02)) as server, stream(server.url, 60) as lines:
         next(lines)
         server.inner.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
@@ -90,7 +52,7 @@ def test_sigterm_refuses_new_requests_and_finishes_the_old(tmp_path: Path) -> No
 
 
 def test_after_the_drain_the_rest_is_aborted_and_told(tmp_path: Path) -> None:
-    with _process(tmp_path, _fake(step_s=0.05, drain_s=0.2)) as server, _stream(server.url, 200) as lines:
+    with process(tmp_path, _fake(step_s=0.05, drain_s=0.2)) as server, stream(server.url, 200) as lines:
         next(lines)
         start = time.monotonic()
         server.inner.send_signal(signal.SIGINT)
@@ -101,7 +63,7 @@ def test_after_the_drain_the_rest_is_aborted_and_told(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
-    with _process(tmp_path, _fake(step_s=0.05, drain_s=60)) as server, _stream(server.url, 200) as lines:
+    with process(tmp_path, _fake(step_s=0.05, drain_s=60)) as server, stream(server.url, 200) as lines:
         next(lines)
         server.inner.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
@@ -110,7 +72,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Path) -> None:
-    with _process(tmp_path, _fake(step_s=0.02, die_at=5)) as server, _stream(server.url, 60) as lines:
+    with process(tmp_path, _fake(step_s=0.02, die_at=5)) as server, stream(server.url, 60) as lines:
         rest = list(lines)
         assert "error" in json.loads(rest[-2])
         assert "secret" not in "".join(rest)
@@ -119,21 +81,21 @@ def test_an_engine_that_dies_takes_the_process_with_it(tmp_path: Path) -> None:
 
 
 def test_kill_9_loses_only_what_was_under_way(tmp_path: Path) -> None:
-    with _process(tmp_path, _fake(step_s=0.02)) as server:
+    with process(tmp_path, _fake(step_s=0.02)) as server:
         port = server.url.rsplit(":", 1)[1]
-        with _stream(server.url, 200) as lines:
+        with stream(server.url, 200) as lines:
             next(lines)
             server.inner.kill()
             with pytest.raises(httpx.RemoteProtocolError):
                 list(lines)
         assert server.end() == -signal.SIGKILL
-    with _process(tmp_path, _fake(port=int(port))) as server:
+    with process(tmp_path, _fake(port=int(port))) as server:
         answer = httpx.post(f"{server.url}/v1/completions", json={"model": "fake", "prompt": "a"})
         assert answer.status_code == 200
 
 
 def test_a_port_that_is_taken_is_told_of(tmp_path: Path) -> None:
-    with _process(tmp_path, _fake()) as server:
+    with process(tmp_path, _fake()) as server:
         port = int(server.url.rsplit(":", 1)[1])
         second = subprocess.run(
             _fake(port=port),
@@ -146,7 +108,7 @@ def test_a_port_that_is_taken_is_told_of(tmp_path: Path) -> None:
     assert f"cannot listen at 127.0.0.1 port {port}" in second.stderr
 
 
-def test_an_engine_that_hangs_does_not_keep_the_process() -> None:
+def test_an_engine_that_hangs_does_not_keep_theprocess() -> None:
     engine, life = FakeEngine(), Life(ServerSettings())
     engine.stop = lambda grace_s=0.0: time.sleep(60)
     start = time.monotonic()
@@ -155,32 +117,16 @@ def test_an_engine_that_hangs_does_not_keep_the_process() -> None:
     assert life.draining
 
 
-def _save_model(folder: Path) -> Any:
-    from coterie.models.config import ModelConfig
-    from coterie.models.gpt import GPT
-    from coterie.models.weights import save_model
-    from coterie.moe.config import MoEConfig
-
-    moe = MoEConfig(top_k=2, hidden=16)
-    config = ModelConfig(
-        vocab_size=300, max_positions=256, layers=2, dim=16, heads=2, hidden=16, experts=(0, 4), moe=moe
-    )
-    model = GPT(config)
-    model.init_weights(1)
-    save_model(folder, model, small_tokenizer())
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-
-
 def test_the_command_serves_a_model_as_the_pipeline_does(tmp_path: Path) -> None:
     import coterie
 
     folder = tmp_path / "tiny"
-    _save_model(folder)
+    save_model(folder)
     settings = {"temperature": 0, "max_tokens": 12}
     with coterie.pipeline(folder) as pipe:
         expected = pipe(["the cat", "a dog ran"], **settings)
     command = [sys.executable, "-m", "coterie.cli", "serve", str(folder), "--port", "0"]
-    with _process(tmp_path, command) as server:
+    with process(tmp_path, command) as server:
         body = {"model": "tiny", "prompt": ["the cat", "a dog ran"], "return_token_ids": True, **settings}
         answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).json()
         assert [choice["text"] for choice in answer["choices"]] == [one.text for one in expected]
@@ -199,12 +145,7 @@ def test_the_command_serves_a_model_as_the_pipeline_does(tmp_path: Path) -> None
                 "POST", f"{server.url}/v1/completions", json={**body, "max_tokens": 200, "stream": True}
             ):
                 time.sleep(0.005 * i)
-        until(lambda: _gauge(server.url, "vllm:num_requests_running") == 0)
-        assert _gauge(server.url, "vllm:kv_cache_usage_perc") == 0
+        until(lambda: gauge(server.url, "vllm:num_requests_running") == 0)
+        assert gauge(server.url, "vllm:kv_cache_usage_perc") == 0
         server.inner.send_signal(signal.SIGTERM)
         assert server.end() == 0
-
-
-def _gauge(url: str, name: str) -> float:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
