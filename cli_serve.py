@@ -38,6 +38,10 @@ def serve(
 
     if replicas < 1:
         raise ValueError(f"replicas is {replicas}: give 1 or more")
+    if server.record is not None and (ray or replicas > 1):
+        raise ValueError(
+            "record names one process's file: record without replicas, or start each at a port of its own"
+        )
     load_keys(server)  # what is wrong with the keys is told before the model is loaded
     try:
         run = _several(replicas, ray) if ray or replicas > 1 else _one()

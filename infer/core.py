@@ -36,7 +36,7 @@ class Core:
 
     Attributes:
         lock: held while the scheduler is told or asked, never while the model runs or a client is told.
-        hooks: called after each step.
+        hooks: called after each step, and of how many of its tokens each wants the choices.
         drafter: what guesses tokens ahead, None for nothing.
         times: of steps, where they were measured for the budget.
         budget: tokens of a step under splitfuse.
@@ -75,7 +75,7 @@ class Core:
         self.times, self.budget = self._measured(most)
         self.scheduler = Scheduler(self._settings(model, most, max_model_len, eos_ids), self.pool)
         self.lock = threading.RLock()
-        self.hooks: tuple[Hook, ...] = ()
+        self.hooks: dict[Hook, int] = {}
         self.live: dict[Key, Live] = {}
         self._states, self._guesses = dict[Key, SampleState](), dict[Key, Guess]()
         self._flight: Step | None = None
@@ -170,7 +170,8 @@ class Core:
                 self._deliver()
                 return Ran()
             self._guarded(lambda drafter: drafter.follow(step))
-            end = self.runner.start(step, self._states, guesses=self._guesses, loads=loads)
+            sampled = max(self.hooks.values(), default=0)
+            end = self.runner.start(step, self._states, guesses=self._guesses, loads=loads, sampled=sampled)
             self._deliver()
             ran = end()
         except Exception:
@@ -288,6 +289,7 @@ class Core:
                 accepted=ran.accepted,
                 loads=ran.loads,
                 roofline=read / seconds / runner.memory_rate if runner.memory_rate else 0.0,
+                routes_LMK=ran.routes_LMK,
             )
 
         return report
