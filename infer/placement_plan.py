@@ -28,8 +28,9 @@ from .placement_score import PREFILL, Aim, costs
 from .placement_search import Bonds, search, trade
 from .routes import Routes
 
-STEPS = 32
-"""Steps that the search looks at, spread evenly over those recorded."""
+STEPS, MOST_STEPS, NUMBERS = 32, 128, 1 << 19
+"""Steps that are looked at, spread evenly over those recorded: as many as have so many loads, within these bounds.
+Loads of small steps are mostly chance, and what a search finds in 32 of them does not last."""
 _FULL = 1e9
 """Worse than any place with room."""
 
@@ -84,7 +85,8 @@ def work_of(loads_SLE: np.ndarray, ranks: int, aim: Aim) -> np.ndarray:
 
 def _plan(routes: Routes, cluster: Cluster, room: int, aim: Aim) -> np.ndarray:
     N, G = cluster.nodes, cluster.ranks
-    chosen = np.unique(np.linspace(0, len(routes) - 1, STEPS).astype(int))
+    count = min(MOST_STEPS, max(STEPS, NUMBERS // routes.loads_SLE[0].size))
+    chosen = np.unique(np.linspace(0, len(routes) - 1, count).astype(int))
     work_LSE = work_of(routes.loads_SLE[chosen], N * G, aim)
     mean_LE = work_LSE.mean(1)
     copies_LE = replicate(mean_LE, N * G * room, N * G)
@@ -97,10 +99,11 @@ def _plan(routes: Routes, cluster: Cluster, room: int, aim: Aim) -> np.ndarray:
     slots_LRC = to_ranks(members_LNJ, share_LE, G)
     if aim.tokens and N * G > 1:
         slots_LRC = search(slots_LRC, work_LSE, bonds, N)
-    if small(N * G, room, work_LSE.shape[2], len(chosen)):
+    few = chosen[:: -(-len(chosen) // STEPS)]
+    if small(N * G, room, work_LSE.shape[2], len(few)):
         for layer, slots_RC in enumerate(slots_LRC):
             pairs_EE = None if bonds is None else routes.pairs_LEE[layer]
-            slots_LRC[layer] = polish(slots_RC, routes.loads_SLE[chosen, layer], aim, pairs_EE, N)
+            slots_LRC[layer] = polish(slots_RC, routes.loads_SLE[few, layer], aim, pairs_EE, N)
     return slots_LRC
 
 
