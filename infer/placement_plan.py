@@ -92,7 +92,7 @@ def _plan(routes: Routes, cluster: Cluster, room: int, aim: Aim) -> np.ndarray:
     copies_LE = replicate(mean_LE, N * G * room, N * G)
     work_LSE /= copies_LE[:, None]
     share_LE = mean_LE / copies_LE
-    bonds = Bonds(routes.pairs_LEE, copies_LE, N, aim.crossings) if aim.crossings and N > 1 else None
+    bonds = Bonds(routes, copies_LE, N, aim.crossings) if aim.crossings and N > 1 else None
     members_LNJ = to_nodes(items(copies_LE, share_LE), share_LE, N, G, bonds)
     if bonds is not None:
         trade(members_LNJ, share_LE, bonds, G)
@@ -139,12 +139,13 @@ def to_nodes(items_LM: np.ndarray, share_LE: np.ndarray, nodes: int, ranks: int,
     members_LNJ = np.empty((L, nodes, M // nodes), np.int64)
     work_LN = np.zeros((L, nodes), np.float32)
     has_LNE = np.zeros((L, nodes, share_LE.shape[1]), bool)
+    first_LN1 = np.arange(L * nodes).reshape(L, nodes, 1) * share_LE.shape[1]
     for j in range(M // nodes):
         e_LN = items_LM[:, j * nodes : (j + 1) * nodes]
         share_LN = share_LE[rows_L1, e_LN]
         # Over all pairs, the sum of squares of the nodes' work falls the most.
         worth_LNN = -(work_LN[:, :, None] / ranks) * share_LN[:, None]
-        worth_LNN -= 1e3 * has_LNE[rows_L1[..., None], np.arange(nodes)[:, None], e_LN[:, None]]
+        worth_LNN -= 1e3 * has_LNE.take(first_LN1 + e_LN[:, None])
         if bonds is not None:
             worth_LNN += bonds.held(e_LN)
         e_LN = np.take_along_axis(e_LN, match(worth_LNN), 1)
@@ -166,15 +167,16 @@ def to_ranks(members_LNJ: np.ndarray, share_LE: np.ndarray, ranks: int) -> np.nd
     flat_BJ, share_BJ = np.take_along_axis(flat_BJ, order_BJ, 1), np.take_along_axis(share_BJ, order_BJ, 1)
     rows = np.arange(L * N)
     slots_BGC = np.full((L * N, ranks, room), -1, np.int64)
-    work_BG, used_BG = np.zeros((L * N, ranks), np.float32), np.zeros((L * N, ranks), np.int64)
+    bad_BG, used_BG = np.zeros((L * N, ranks), np.float32), np.zeros((L * N, ranks), np.int64)
+    twin_BGE = np.zeros((L * N, ranks, share_LE.shape[1]), np.float32)
     for j in range(J):
         e_B = flat_BJ[:, j]
-        bad_BG = work_BG + 1e3 * (slots_BGC == e_B[:, None, None]).any(2)
-        bad_BG[used_BG == room] = _FULL
-        g_B = bad_BG.argmin(1)
-        slots_BGC[rows, g_B, used_BG[rows, g_B]] = e_B
-        work_BG[rows, g_B] += share_BJ[:, j]
-        used_BG[rows, g_B] += 1
+        g_B = (bad_BG + twin_BGE[rows, :, e_B]).argmin(1)
+        used_B = used_BG[rows, g_B]
+        slots_BGC[rows, g_B, used_B] = e_B
+        used_BG[rows, g_B] = used_B + 1
+        bad_BG[rows, g_B] += share_BJ[:, j] + _FULL * (used_B == room - 1)
+        twin_BGE[rows, g_B, e_B] = 1e3
     slots_LRC = slots_BGC.reshape(L, N * ranks, room)
     _part_twins(slots_LRC)
     return slots_LRC

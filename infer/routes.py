@@ -89,6 +89,11 @@ class Routes:
         return half + half.transpose(0, 2, 1)
 
     @cached_property
+    def pairs_L(self) -> np.ndarray:
+        """How many pairs met in each layer, each counted twice; float32."""
+        return self.pairs_LEE.sum((1, 2))
+
+    @cached_property
     def transitions_LEE(self) -> np.ndarray:
         """Entry l: how many sampled tokens had expert e first in layer l and f, anywhere, in layer l + 1; float32."""
         E, sample = self.loads_SLE.shape[2], self.sampled_LTK
