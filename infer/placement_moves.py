@@ -46,7 +46,7 @@ def follow(placement: Placement, transitions_LEE: np.ndarray) -> Placement:
 def match(worth_BXX: np.ndarray) -> np.ndarray:
     """A column (B, X) for each row, each one once: the worthiest pair first, and so on. Ties take the lowest."""
     B, X, _ = worth_BXX.shape
-    left, rows = worth_BXX.astype(np.float64).reshape(B, X * X), np.arange(B)
+    left, rows = worth_BXX.astype(np.float32).reshape(B, X * X), np.arange(B)
     x_P, y_P, gone_PP = _taken(X)
     out_BX = np.zeros((B, X), np.int64)
     for _ in range(X):
@@ -60,7 +60,7 @@ def match(worth_BXX: np.ndarray) -> np.ndarray:
 def _taken(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each pair its row and column, and what it takes with it, with minus infinity: all pairs of either."""
     x_P, y_P = np.divmod(np.arange(size * size), size)
-    return x_P, y_P, np.where((x_P == x_P[:, None]) | (y_P == y_P[:, None]), -np.inf, 0.0)
+    return x_P, y_P, np.where((x_P == x_P[:, None]) | (y_P == y_P[:, None]), -np.inf, 0.0).astype(np.float32)
 
 
 def adopt(

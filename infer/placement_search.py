@@ -19,6 +19,8 @@ EFFORT = 1 << 20
 """Numbers looked at, times the rounds: many rounds for few layers and ranks, few where one takes long."""
 PARTNERS = 8
 """Ranks that one is tried with at a time."""
+AT_ONCE = 1 << 17
+"""Numbers of an array that many swaps are judged with: what a core's cache holds."""
 _EPS = 1e-6
 
 
@@ -43,6 +45,7 @@ class Bonds:
         self.unit_L = (weight / total_L).astype(np.float32)
         self.near_LNE = np.zeros((L, nodes, E), np.float32)
         """Over the copies that a node holds: how often they were chosen with each expert, over their copies."""
+        self._more_LNE = np.empty_like(self.near_LNE)
 
     def held(self, e_LX: np.ndarray) -> np.ndarray:
         """What copies of experts of each layer are bound to on each node, (L, N, X)."""
@@ -54,9 +57,9 @@ class Bonds:
         """A copy of an expert of each layer comes to each node."""
         L, E = self.scale_LE.shape
         at_LN = np.arange(L)[:, None] * E + e_LN
-        more_LNE = self.pairs_LEE.reshape(L * E, E).take(at_LN, axis=0)
-        more_LNE *= self.scale_LE.take(at_LN)[..., None]
-        self.near_LNE += more_LNE
+        self.pairs_LEE.reshape(L * E, E).take(at_LN, axis=0, out=self._more_LNE, mode="clip")
+        self._more_LNE *= self.scale_LE.take(at_LN)[..., None]
+        self.near_LNE += self._more_LNE
 
     def gain(self, rows: np.ndarray, e: np.ndarray, f: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """What is won when a copy of `e` on node `a` and one of `f` on node `b` change places; all index arrays that
@@ -172,23 +175,17 @@ def search(slots_LRC: np.ndarray, work_LSE: np.ndarray, bonds: Bonds | None, nod
     tried_LR = np.zeros((L, R), np.int64)  # lots of partners without a swap that helps
     for _ in range(_rounds(load_LSR.size)):
         fullest_LS = load_LSR.argmax(2)
-        blame_LR = np.bincount((fullest_LS + layers[:, None] * R).ravel(), minlength=L * R).reshape(L, R)
-        blame_LR[tried_LR * PARTNERS >= R - 1] = 0
-        row = np.flatnonzero(blame_LR.any(1))
+        row, r = _blamed(fullest_LS, tried_LR)
         if not row.size:
             break
-        r = blame_LR[row].argmax(1)
-        hot_BS = (fullest_LS[row] == r[:, None]).astype(np.float32)
-        load_BSR = load_LSR[row]
-        others = _partners(load_BSR, r, hot_BS, tried_LR[row, r])
+        others = _partners(load_LSR[row], r, fullest_LS[row] == r[:, None], tried_LR[row, r])
         e_BC, f_BQC = slots_LRC[row, r], slots_LRC[row[:, None], others]
-        win = _wins(work_LES, load_BSR, fullest_LS[row], row, r, others, e_BC, f_BQC)
-        e, f = e_BC[:, :, None, None], f_BQC[:, None]
-        layer, q = row[:, None, None, None], others[:, None, :, None]
+        win = _wins(work_LES, load_LSR[row], fullest_LS[row], row, r, others, e_BC, f_BQC)
+        at = (row[:, None, None, None], e_BC[:, :, None, None], f_BQC[:, None])
+        r_, q_ = r[:, None, None, None], others[:, None, :, None]
         if bonds is not None:
-            here, there = (rank * nodes // R for rank in (r[:, None, None, None], q))
-            win += bonds.gain(layer, e, f, here, there)
-        win[held_LRE[layer, q, e] | held_LRE[layer, r[:, None, None, None], f]] = 0  # a rank would have twins
+            win += bonds.gain(*at, r_ * nodes // R, q_ * nodes // R)
+        win[held_LRE[at[0], q_, at[1]] | held_LRE[at[0], r_, at[2]]] = 0  # a rank would have twins
         flat = win.reshape(len(row), -1)
         best = flat.argmax(1)
         good = flat[np.arange(len(row)), best] > _EPS
@@ -208,9 +205,18 @@ def search(slots_LRC: np.ndarray, work_LSE: np.ndarray, bonds: Bonds | None, nod
     return slots_LRC
 
 
+def _blamed(fullest_LS: np.ndarray, tried_LR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Layers (B,) with a rank that is the fullest of a step and has partners left, and the one that is most often."""
+    L, R = tried_LR.shape
+    blame_LR = np.bincount((fullest_LS + np.arange(L)[:, None] * R).ravel(), minlength=L * R).reshape(L, R)
+    blame_LR[tried_LR * PARTNERS >= R - 1] = 0
+    row = np.flatnonzero(blame_LR.any(1))
+    return row, blame_LR[row].argmax(1)
+
+
 def _partners(load_BSR: np.ndarray, r_B: np.ndarray, hot_BS: np.ndarray, lot_B: np.ndarray) -> np.ndarray:
     """The ranks (B, Q) with the least work in the steps in which `r_B` has the most, or a later lot of PARTNERS."""
-    work_BR = np.matmul(hot_BS[:, None], load_BSR)[:, 0]
+    work_BR = np.matmul(hot_BS[:, None].astype(np.float32), load_BSR)[:, 0]
     work_BR[np.arange(len(r_B)), r_B] = np.inf
     last = work_BR.shape[1] - 2  # behind it comes the rank itself
     places = np.minimum(lot_B[:, None] * PARTNERS + np.arange(min(PARTNERS, last + 1)), last)
@@ -241,12 +247,15 @@ def _wins(
     next_BS = _at(load_BSR, load_BSR.argmax(2))
     rest_BQS = np.where(first_BS[:, None] == q_BQ[..., None], next_BS[:, None], top_BS[:, None])
     mine_BCS, their_BQCS = work_LES[row_, e_BC], work_LES[row_[..., None], f_BQC]
-    after = (load_r_BS[:, None] - mine_BCS)[:, :, None, None] + their_BQCS[:, None]
-    other = mine_BCS[:, :, None, None] + (load_q_BQS[:, :, None] - their_BQCS)[:, None]
-    np.maximum(after, other, out=after)
-    np.maximum(after, rest_BQS[:, None, :, None], out=after)
-    # Sums over the last axis by einsum: `sum` takes ten times as long for a few numbers each.
-    return (now_BS.sum(1)[:, None, None, None] - np.einsum("bcqds->bcqd", after)) / now_BS.shape[1]
+    mine_left_BCS, their_left_BQCS = load_r_BS[:, None] - mine_BCS, load_q_BQS[:, :, None] - their_BQCS
+    (B, Q, C, S), sums = their_BQCS.shape, []
+    lot = max(1, AT_ONCE // (C * Q * C * S))
+    for i in (slice(start, start + lot) for start in range(0, B, lot)):
+        after = mine_left_BCS[i, :, None, None] + their_BQCS[i, None]
+        np.maximum(after, mine_BCS[i, :, None, None] + their_left_BQCS[i, None], out=after)
+        np.maximum(after, rest_BQS[i, None, :, None], out=after)
+        sums.append(np.einsum("bcqds->bcqd", after))  # `sum` takes ten times as long for a few numbers each
+    return (now_BS.sum(1)[:, None, None, None] - np.concatenate(sums)) / S
 
 
 def _at(load_BSR: np.ndarray, rank_BS: np.ndarray) -> np.ndarray:

@@ -214,6 +214,16 @@ def test_plans_for_decode_are_better_than_eplb_on_average() -> None:
     assert sum(ours.sum() for ours, _ in pairs) < sum(theirs.sum() for _, theirs in pairs)
 
 
+def test_experts_that_meet_are_kept_apart_where_steps_are_small() -> None:
+    """Tokens choose e and e + 16, one token a step: a rank that holds both computes two experts."""
+    recorder = Recorder([32], 2)
+    for step in range(64):
+        both = np.array([step % 16, step % 16 + 16])
+        recorder.add([np.bincount(both, minlength=32)], both[None, None], 0)
+    routes = recorder.routes()
+    assert score(plan(routes, Cluster(2, 8, 2), DECODE), routes).activated == 1
+
+
 def test_small_recordings_are_looked_at_whole() -> None:
     """Of 128 steps 32 evenly spread ones make another expert the busiest."""
     loads_SLE = np.ones((128, 1, 8), np.uint32)
