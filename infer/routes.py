@@ -163,8 +163,8 @@ class Recorder:
         self._prompts[at] = prompts
         self._tokens[at] = -1
         if ids_LTK is not None and ids_LTK.shape[1]:
-            places = spread_places(ids_LTK.shape[1], self._tokens.shape[1])
-            self._tokens[at, : len(places), :, : ids_LTK.shape[2]] = ids_LTK[:, places].transpose(1, 0, 2)
+            some_LMK = ids_LTK[:, spread_places(ids_LTK.shape[1], self._tokens.shape[1])]
+            self._tokens[at, : some_LMK.shape[1], :, : some_LMK.shape[2]] = some_LMK.transpose(1, 0, 2)
 
     def _thin(self) -> None:
         self._kept //= 2
@@ -183,11 +183,14 @@ class Recorder:
         self._stride = 1
 
 
-def spread_places(tokens: int, most: int, turn: int = 0) -> list[int]:
+def spread_places(tokens: int, most: int, turn: int | None = None) -> slice:
     """Places of at most so many of a step's tokens, evenly spread. Sequences keep their places from step to step, so
-    `turn`, the step's number, moves them on."""
-    count = min(tokens, most)
-    return [((i * tokens + tokens // 2) // count + turn) % tokens for i in range(count)]
+    `turn`, the step's number, moves the sample on; None: it is in the middle."""
+    count = max(1, min(tokens, most))
+    stride = max(1, tokens // count)
+    left = max(1, tokens - stride * (count - 1))
+    first = left // 2 if turn is None else turn % left
+    return slice(first, min(tokens, first + stride * count), stride)
 
 
 def save(routes: Routes, path: str | Path) -> None:

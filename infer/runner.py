@@ -168,8 +168,7 @@ class Runner:
 
     def _sample(self, routes: tuple[Tensor, ...], step: Step, sampled: int) -> Tensor:
         """The choices of some tokens, (L, M, K); nothing waits for the device."""
-        places_M = torch.tensor(spread_places(step.tokens, sampled, step.number))
-        return torch.stack(routes)[:, sent(places_M, self.device)]
+        return torch.stack(routes)[:, spread_places(step.tokens, sampled, step.number)]
 
     def _loads(self, counts: Tensor) -> tuple[tuple[int, ...], ...]:
         experts = [moe.num_experts for moe in self.model.moe_layers]

@@ -20,15 +20,17 @@ from coterie.serve.settings import ServerSettings
 
 
 def test_places_are_spread_and_every_token_has_its_turn() -> None:
-    assert spread_places(100, 4) == [12, 37, 62, 87]
-    assert spread_places(100, 4, 90) == [2, 27, 52, 77]
-    assert spread_places(2, 4) == [0, 1]
-    assert spread_places(0, 4) == []
-    for tokens in (1, 3, 7, 12):
-        turns = [spread_places(tokens, 4, turn) for turn in range(tokens)]
-        assert all(len(set(places)) == min(4, tokens) for places in turns)
-        counts = np.bincount(np.array(turns).ravel())
-        assert counts.tolist() == [min(4, tokens)] * tokens
+    def places(tokens: int, turn: int | None = None) -> list[int]:
+        return list(range(tokens))[spread_places(tokens, 4, turn)]
+
+    assert places(100) == [12, 37, 62, 87]
+    assert places(100, 26) == [1, 26, 51, 76]
+    assert places(2) == [0, 1]
+    assert places(0) == []
+    for tokens in (1, 3, 7, 12, 101):
+        turns = [places(tokens, turn) for turn in range(tokens)]
+        assert all(len(one) == min(4, tokens) for one in turns)
+        assert {place for one in turns for place in one} == set(range(tokens))
 
 
 def test_a_recording_has_every_steps_loads_and_its_tokens_choices(tmp_path: Path) -> None:
