@@ -208,7 +208,9 @@ def _echo(x_QD: Tensor, *_: object) -> Tensor:
 
 def _sent(dispatch: AllToAllDispatch | Coordinated, step: Callable[[], None]) -> dict[str, list[float]]:
     """Messages and bytes of one run on the rank that sends most, by kind of link."""
-    traffic = (dispatch.dispatch if isinstance(dispatch, Coordinated) else dispatch).traffic
+    inner = dispatch.dispatch if isinstance(dispatch, Coordinated) else dispatch
+    assert isinstance(inner, AllToAllDispatch)
+    traffic = inner.traffic
     traffic.read()
     step()
     sent = traffic.read()

@@ -21,6 +21,13 @@ _AT_LEAST = {
     "max_queued_requests": 1,
     "max_queued_tokens": 1,
     "max_step_tokens": 0,
+    "tp": 1,
+    "ep": 1,
+    "etp": 1,
+    "ranks_per_node": 0,
+    "spare_experts": 0,
+    "replan_steps": 0,
+    "move_bytes": 1024,
     "seed": 0,
 }
 MOST_DRAFTS = 16
@@ -70,6 +77,26 @@ class EngineConfig:
     generation_config: bool = True
     """Sample as the model's generation_config.json says (temperature, top_k, top_p, min_p, repetition_penalty) where
     a request says nothing. Its ends of a text count in any case."""
+    tp: int = 1
+    """Ranks that cut attention, dense layers and the vocabulary among them, and serve the same sequences."""
+    ep: int = 1
+    """Ranks that share a layer's experts out; a layer with fewer experts takes as many."""
+    etp: int = 1
+    """Ranks that hold slices of the same experts."""
+    exchange: str = "auto"
+    """How tokens reach experts on other ranks: gathered (every rank gets all tokens), flat, hierarchical or
+    deduplicated (all-to-all); auto: what is fastest for each size of step, measured at the start."""
+    spare_experts: int = 0
+    """Experts of a layer that a rank has room for beyond its even share: copies of those that are asked for most."""
+    replan_steps: int = 0
+    """Steps after which it is looked at anew which rank should hold which expert; they move while requests are
+    served, and no token changes. 0: they stay."""
+    move_bytes: int = 64 << 20
+    """Of experts that a rank gets between two steps, at most; less where that takes more than a tenth of a step."""
+    ranks_per_node: int = 0
+    """Consecutive ranks of one machine; 0: what the launcher says."""
+    rank_timeout_s: float = 120.0
+    """For a rank that does not answer; then the engine ends."""
     seed: int = 0
     """Of requests that bring none: over 0, the same order of requests gives the same texts; 0: no seed is known."""
 
@@ -83,8 +110,29 @@ class EngineConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
         if self.dtype is not None and self.dtype not in get_args(DType):
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(get_args(DType))}")
-        for name in ("itl_target_ms", "itl_limit_ms"):
+        for name, unit in (
+            ("itl_target_ms", "milliseconds"),
+            ("itl_limit_ms", "milliseconds"),
+            ("rank_timeout_s", "s"),
+        ):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: give milliseconds over 0")
+                raise ValueError(f"{name} is {getattr(self, name)}: give {unit} over 0")
         if self.draft_tokens > MOST_DRAFTS:
             raise ValueError(f"draft_tokens is {self.draft_tokens}: give {MOST_DRAFTS} or fewer")
+
+    @property
+    def least_ranks(self) -> int:
+        """The fewest ranks that the degrees fill; a multiple of them holds several copies."""
+        return math.lcm(self.tp, self.ep * self.etp)
+
+    def check_ranks(self, world: int) -> None:
+        """Refuses a number of ranks that the degrees do not fill.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        if world % self.least_ranks:
+            degrees = f"tp={self.tp}, ep={self.ep}, etp={self.etp}"
+            raise ValueError(f"{degrees} need {self.least_ranks} ranks or a multiple of them, not {world}")
+        if world > 1 and self.draft not in ("", "ngram"):
+            raise ValueError("a draft model guesses on one rank alone: with several, give draft ngram or none")

@@ -14,16 +14,19 @@ from .budget import Followed, StepTimes
 from .config import EngineConfig
 from .draft_model import kv_bytes, make_drafter
 from .drafts import Asked, Drafter, Guess
+from .fleet import Fleet
+from .lanes import Lanes
 from .live import Live
-from .memory import count_blocks
 from .outputs import Delta, StepReport
-from .paged import KVPool, block_bytes
+from .pools import make_pool
+from .replan import Replanner
 from .request import Key, Request
 from .runner import Ran, Runner
 from .sample_state import SampleState
 from .scheduler import Scheduler
 from .step import Budget, Event, SchedulerConfig, Step
 from .traffic import Traffic
+from .wire import Kind
 
 log = logging.getLogger("coterie")
 Hook = Callable[[StepReport], None]
@@ -51,29 +54,24 @@ class Core:
         max_model_len: int,
         eos_ids: tuple[int, ...],
         draft_model: GPT | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.fleet = config, fleet
         weight, size = model.embed.weight, config.block_size
-        self.block_bytes = block_bytes(model.config, size, config.kv_dtype, weight.dtype)
         drafted = 0 if draft_model is None else kv_bytes(draft_model, config)
-        blocks = count_blocks(
-            config.kv_memory,
-            self.block_bytes + drafted,
-            size,
-            max_model_len=max_model_len,
-            max_sequences=config.max_sequences,
-            device=weight.device,
-        )
-        kv = KVPool(model.config, blocks, size, dtype=config.kv_dtype, model_dtype=weight.dtype, device=weight.device)
-        self.runner = Runner(model, kv)
+        kv = make_pool(model, config, beside=drafted, fleet=fleet)
+        blocks, self.block_bytes = kv.blocks, kv.bytes // kv.blocks
+        self.runner = Runner(model, kv, fleet)
         self.traffic = Traffic(model, self.block_bytes / size)
-        self.pool = BlockPool(blocks, size)
+        pools = [BlockPool(blocks, size) for _ in range(1 if fleet is None else fleet.lanes)]
+        self.pool = pools[0]
         self.drafter: Drafter | None = make_drafter(
             config, draft_model, vocabulary=model.config.vocab_size, blocks=blocks, max_model_len=max_model_len
         )
         most = config.max_step_tokens or STEP
         self.times, self.budget = self._measured(most)
-        self.scheduler = Scheduler(self._settings(model, most, max_model_len, eos_ids), self.pool)
+        settings = self._settings(model, most, max_model_len, eos_ids)
+        self.scheduler = Scheduler(settings, self.pool) if len(pools) == 1 else Lanes(settings, pools)
         self.lock = threading.RLock()
         self.hooks: dict[Hook, int] = {}
         self.live: dict[Key, Live] = {}
@@ -83,6 +81,7 @@ class Core:
         self._told = list[tuple[Sequence[Event], Ran | None, dict[Key, str]]]()
         self._generated = 0  # tokens told since the last report
         self.overlaps = weight.device.type != "cpu"
+        self.replanner = None if fleet is None or not config.replan_steps else _replanner(model, fleet, config)
 
     def _settings(self, model: GPT, most: int, max_model_len: int, eos_ids: tuple[int, ...]) -> SchedulerConfig:
         config = self.config
@@ -117,7 +116,7 @@ class Core:
 
     def knows(self, id: str) -> bool:
         """Whether a request is under way; the lock is held."""
-        return bool(self.scheduler.roster.samples(id))
+        return self.scheduler.knows(id)
 
     def step(self, aborted: Callable[[], Iterable[str]] = tuple) -> bool:
         """One step; False when there was nothing to do.
@@ -138,9 +137,11 @@ class Core:
         self._hand(events if step is None else [*events, *step.expired])
         if step is None:
             self._deliver()
+            if self.fleet is not None:
+                self.fleet.say(Kind.PULSE)
             return bool(events)
         prompts = {key: state.prompt_length for key, state in self._states.items()} if self.hooks else None
-        ran = self._run(step, loads=prompts is not None)
+        ran = self._run(step, loads=prompts is not None or self.replanner is not None)
         if ran is None:
             return True
         report = None if prompts is None else self._report(step, ran, prompts)
@@ -150,18 +151,22 @@ class Core:
         self._hand(events, ran)
         if self.drafter is not None:
             self._draft(step)
-        self._observe(step, time.perf_counter() - started)
+        self._observe(step, ran, time.perf_counter() - started)
         if report is not None:
             self._tell(report(self._generated, time.perf_counter() - started))
             self._generated = 0
         return True
 
-    def _observe(self, step: Step, seconds: float) -> None:
-        """Lets the budget learn how long a step took."""
+    def _observe(self, step: Step, ran: Ran, seconds: float) -> None:
+        """Lets the budget and the planner of experts learn how long a step took, and experts move."""
+        if self.replanner is not None and step.slices:
+            self.replanner.seen(ran.loads, step.tokens - len(ran.results), seconds)
+            self.replanner.tick()
         if self.times is not None and step.slices:
             chosen = [piece for piece in step.slices if piece.wants_logits]
             context = sum(piece.start for piece in chosen if len(piece.tokens) == 1 + piece.drafts)
-            self.times.observe(step.tokens, len(chosen), context, seconds)
+            fullest, lanes = max(part.tokens for part in step.parts or (step,)), len(step.parts) or 1
+            self.times.observe(fullest, len(chosen) // lanes, context // lanes, seconds)
 
     def _run(self, step: Step, loads: bool) -> Ran | None:
         """None: the pass failed, and its sequences will compute again. Failing twice in a row is for good."""
@@ -178,7 +183,7 @@ class Core:
             with self.lock:
                 self._flight = None
                 self.scheduler.rollback(step)
-            if self._stumbled:
+            if self._stumbled or self.fleet is not None:  # other ranks wait where nobody knows
                 raise
             self._stumbled = True
             log.exception("step %d failed and is computed again", step.number)
@@ -273,6 +278,7 @@ class Core:
         def report(generated: int, seconds: float) -> StepReport:
             if runner.memory_rate:  # what was read faster than it was measured shows that something else read too
                 runner.memory_rate = max(runner.memory_rate, read / seconds)
+            counts = self.scheduler.counts()
             return StepReport(
                 number=step.number,
                 seconds=seconds,
@@ -280,10 +286,10 @@ class Core:
                 decodes=decodes,
                 prompts=len(step.slices) - decodes,
                 generated=generated,
-                running=len(self.scheduler.roster.running),
-                waiting=self.scheduler.roster.queued,
-                blocks_used=self.pool.used,
-                blocks=self.pool.count,
+                running=counts.running,
+                waiting=counts.waiting,
+                blocks_used=counts.used,
+                blocks=counts.blocks,
                 preempted=len(step.preempted),
                 drafted=ran.drafted,
                 accepted=ran.accepted,
@@ -314,3 +320,8 @@ class Core:
                 one.emit(one.fail("the engine has failed"))
             except Exception:
                 log.exception("the sink of request %s failed", one.key[0])
+
+
+def _replanner(model: GPT, fleet: Fleet, config: EngineConfig) -> Replanner:
+    experts, top_k = [moe.num_experts for moe in model.moe_layers], model.config.moe.top_k
+    return Replanner(fleet, experts, top_k, every=config.replan_steps, most=config.move_bytes)

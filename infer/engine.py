@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,20 @@ import torch
 from ..models.gpt import GPT
 from ..models.hub import resolve
 from ..models.tokenizer import Tokenizer
+from ..parallel.launch import Ranks
 from .admission import Admission, CompiledGrammar
 from .config import EngineConfig
 from .core import Core, Hook, log
 from .draft_model import check_tokenizers
-from .open_model import generation_defaults, model_folder, open_model
+from .fleet import Fleet
+from .open_model import generation_defaults, keep_all, model_folder, open_model
 from .outputs import Sink
+from .pools import longest
 from .request import EngineDead, SamplingParams
+from .wire import Kind
+
+PULSE_S = 5.0
+"""Seconds without a step after which the other ranks are asked whether they are there."""
 
 
 class Engine:
@@ -50,19 +57,28 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         draft_model: GPT | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
-        """Raises ValueError: the settings ask for what the model or the memory cannot give."""
+        """Raises ValueError: the settings ask for what the model or the memory cannot give.
+
+        fleet: the ranks that hold the model together; this is the first of them.
+        """
         config = EngineConfig() if config is None else config
-        _keep_all(model)
+        keep_all(model)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.name = "model"
         self.defaults: dict[str, Any] = {}
         self.vocabulary = model.config.vocab_size
-        self.max_model_len = _length(config, model)
+        self.max_model_len = longest(model, config)
         self._admission = Admission(tokenizer, config, max_model_len=self.max_model_len, vocabulary=self.vocabulary)
         self.eos_ids = self._admission.eos_ids
         self.core = Core(
-            model, config, max_model_len=self.max_model_len, eos_ids=self.eos_ids, draft_model=draft_model
+            model,
+            config,
+            max_model_len=self.max_model_len,
+            eos_ids=self.eos_ids,
+            draft_model=draft_model,
+            fleet=fleet,
         )
         self.failure: BaseException | None = None
         self._aborts: set[str] = set()
@@ -71,16 +87,26 @@ class Engine:
         self._closing = self._closed = False
 
     @classmethod
-    def open(cls, path: str | Path, config: EngineConfig | None = None) -> Engine:
-        """The engine of a model directory, a run, or hf://org/name. Raises what `open_model` and `Engine` do."""
+    def open(cls, path: str | Path, config: EngineConfig | None = None, ranks: Ranks | None = None) -> Engine:
+        """The engine of a model directory, a run, or hf://org/name. Raises what `open_model` and `Engine` do.
+
+        ranks: all of them hold the model together, and the others call `ranks.follow`. ValueError: they do not fit.
+        """
         config = EngineConfig() if config is None else config
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        model, tokenizer = open_model(path, device=config.device, dtype=dtype)
+        fleet = None
+        config.check_ranks(1 if ranks is None else ranks.world)
+        if ranks is not None and ranks.world > 1:
+            from .ranks import open_fleet  # what it imports takes half a second
+
+            model, tokenizer, fleet = open_fleet(path, config, ranks)
+        else:
+            model, tokenizer = open_model(path, device=config.device, dtype=dtype)
         draft = None
         if config.draft not in ("", "ngram"):
             draft, drafts = open_model(config.draft, device=config.device, dtype=dtype)
             check_tokenizers(tokenizer, drafts)
-        engine = cls(model, tokenizer, config, draft_model=draft)
+        engine = cls(model, tokenizer, config, draft_model=draft, fleet=fleet)
         engine.name = Path(path).name or str(path)
         if config.generation_config:
             engine.defaults = generation_defaults(model_folder(resolve(path)))
@@ -202,7 +228,8 @@ class Engine:
                         self._wake.notify_all()  # who waits in `stop`
                         if self._closing:
                             return
-                        self._wake.wait()
+                        if not self._wake.wait(None if self.core.fleet is None else PULSE_S):
+                            break  # a step without work asks the other ranks whether they are there
                 self.core.step(self._take_aborts)
         except BaseException as error:
             self._die(error)
@@ -235,11 +262,14 @@ class Engine:
             self.step()
         elif thread is not None and thread is not threading.current_thread():
             thread.join()
+        if self.core.fleet is not None and self.alive:
+            with contextlib.suppress(RuntimeError):  # one that is gone already
+                self.core.fleet.say(Kind.END)
         self._closed = True
 
     def report(self) -> dict[str, float | int | str]:
         """Sizes and settings, and counts since the start."""
-        config, core, pool = self.config, self.core, self.core.pool
+        config, core, counts = self.config, self.core, self.core.scheduler.counts()
         return {
             "model": self.name,
             "device": str(core.runner.device),
@@ -249,15 +279,15 @@ class Engine:
             **_budget(core),
             "max_model_len": self.max_model_len,
             "max_sequences": config.max_sequences,
-            "block_size": pool.size,
-            "blocks": pool.count,
-            "blocks_used": pool.used,
-            "kv_bytes": pool.count * core.block_bytes,
+            "block_size": core.pool.size,
+            "blocks": counts.blocks,
+            "blocks_used": counts.used,
+            "kv_bytes": counts.blocks * core.block_bytes,
             "weight_bytes": core.traffic.weights,
             "memory_rate": core.runner.memory_rate,
-            "prefix_queries": pool.queried,
-            "prefix_hits": pool.hit,
-            "preemptions": core.scheduler.roster.preemptions,
+            "prefix_queries": counts.prefix_queries,
+            "prefix_hits": counts.prefix_hits,
+            "preemptions": counts.preemptions,
         }
 
 
@@ -266,18 +296,3 @@ def _budget(core: Core) -> dict[str, int]:
     if isinstance(core.budget, int):
         return {"budget": core.budget, "budget_alone": core.budget}
     return {"budget": core.budget(1, 0, ()), "budget_alone": core.budget(0, 0, ())}
-
-
-def _length(config: EngineConfig, model: GPT) -> int:
-    most = model.config.max_positions
-    if config.max_model_len > most:
-        raise ValueError(f"max_model_len {config.max_model_len} is over the model's {most} positions")
-    return config.max_model_len or most
-
-
-def _keep_all(model: GPT) -> None:
-    limited = [moe.gate for moe in model.moe_layers if moe.gate.config.eval_capacity_factor is not None]
-    for gate in limited:
-        gate.config = replace(gate.config, eval_capacity_factor=None)
-    if limited:
-        log.warning("the model's experts have a capacity outside training: it is served without, and drops nothing")

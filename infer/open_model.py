@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ..models.tokenizer import Tokenizer
 from ..models.weights import load_model
 from .request import RequestError, SamplingParams
 
+log = logging.getLogger("coterie")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -34,9 +37,23 @@ def open_model(
     """
     at = _device(device)  # before anything is fetched
     folder = model_folder(resolve(path))
-    # The small file first: a damaged one is told before the weights are read.
-    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    tokenizer = open_tokenizer(folder)  # a damaged one is told before the weights are read
     return load_model(folder, device=at, dtype=dtype).eval(), tokenizer
+
+
+def open_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer beside a model, if it has one. ValueError: it is damaged."""
+    return Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+
+
+def keep_all(model: GPT) -> None:
+    """No token is dropped from here on, whatever the model's `eval_capacity_factor` says: a drop would make an answer
+    depend on who else is in the batch."""
+    limited = [moe.gate for moe in model.moe_layers if moe.gate.config.eval_capacity_factor is not None]
+    for gate in limited:
+        gate.config = replace(gate.config, eval_capacity_factor=None)
+    if limited:
+        log.warning("the model's experts have a capacity outside training: it is served without, and drops nothing")
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:

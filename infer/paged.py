@@ -158,8 +158,16 @@ class PagedCache:
         self.ragged = Ragged(tables_NM, starts_N1, lengths_N, all_3T[2], ragged.longest, ragged.widest)
         return all_3T[:1], all_3T[1:2]
 
+    def idle(self) -> tuple[Tensor, Tensor]:
+        """Makes ready for a pass without a token, as a rank has that only helps others."""
+        self.ragged = None
+        none_10 = torch.empty(1, 0, dtype=torch.int64, device=self.pool.device)
+        return none_10, none_10
+
     def attend(self, layer: int, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor) -> Tensor:
         """Stores the new keys and values (1, T, G, d) of `layer` and attends: o_BSHd (1, T, H, d)."""
+        if self.ragged is None and q_BSHd.shape[:2] == (1, 0):
+            return q_BSHd
         if self.ragged is None or q_BSHd.shape[:2] != (1, self.ragged.slots_T.shape[0]):
             raise ValueError(f"queries of shape {tuple(q_BSHd.shape)} are not those of the step that was begun")
         o_THd = store_and_attend(q_BSHd[0], k_BSGd[0], v_BSGd[0], self.pool.layer(layer), self.ragged)

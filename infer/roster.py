@@ -6,16 +6,32 @@ A sequence is in as many lists as its state says, and in none when it has ended:
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from .blocks import BlockPool, BlockTable
 from .request import FinishReason, Key, QueueFull, Request, RequestError, State
-from .step import Event, SchedulerConfig
+from .step import PACE, Due, Event, SchedulerConfig
 
 
 def age(request: Request) -> int:
     """Sorts the oldest first."""
     return request.order
+
+
+class Counts(NamedTuple):
+    """Of one moment, and since the start."""
+
+    running: int
+    """Sequences that hold blocks."""
+    waiting: int
+    blocks: int
+    used: int
+    """Blocks that hold keys and values of sequences under way."""
+    preemptions: int
+    prefix_queries: int
+    """Tokens looked up in the prefix cache, and found there."""
+    prefix_hits: int
 
 
 class Roster:
@@ -47,6 +63,19 @@ class Roster:
     def queued(self) -> int:
         """Sequences that hold no blocks."""
         return len(self.waiting) + sum(map(len, self._forks.values()))
+
+    def counts(self) -> Counts:
+        """Where sequences and blocks are."""
+        pool = self.pool
+        return Counts(len(self.running), self.queued, pool.count, pool.used, self.preemptions, pool.queried, pool.hit)
+
+    def due(self, prompts: Sequence[Request], now: float) -> list[Due]:
+        """When these prompts and the next that wait should be done."""
+        ahead, due = 0, []
+        for request in (*prompts, *self.waiting[: self.config.lookahead]):
+            ahead += request.total - request.computed
+            due.append((ahead, request.arrival + len(request.prompt) / PACE - now))
+        return due
 
     def get(self, key: Key) -> Request | None:
         """A sequence that has not ended."""

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.gpt import GPT, Output
+from ..models.gpt import GPT
 from .decodes import Decodes
 from .drafts import Guess
+from .fleet import Fleet, Passed
 from .memory import read_rate
 from .outputs import TokenLogprob
 from .paged import KVPool, PagedCache, sent
@@ -80,14 +81,17 @@ class Runner:
 
     Attributes:
         pool: keys and values.
-        memory_rate: bytes a second, measured; 0: the model is too small to tell.
+        fleet: the ranks that hold the model, None where it is all here.
+        memory_rate: bytes a second, measured; 0: the model is too small to tell, or on several ranks.
     """
 
-    def __init__(self, model: GPT, pool: KVPool) -> None:
-        self.model, self.config, self.pool = model.eval(), model.config, pool
+    def __init__(self, model: GPT, pool: KVPool, fleet: Fleet | None = None) -> None:
+        self.model, self.config, self.pool, self.fleet = model.eval(), model.config, pool, fleet
         self.cache, self.decodes = PagedCache(pool), Decodes(self.model, pool)
         self.device = model.embed.weight.device
-        self.memory_rate = read_rate(model)
+        self.memory_rate = read_rate(model) if fleet is None else 0.0
+        if fleet is not None:
+            fleet.use(pool)
 
     def run(
         self,
@@ -120,13 +124,15 @@ class Runner:
             loads: whether to count what each expert was asked for.
             sampled: of how many tokens to tell the choices.
         """
-        self.pool.copy(step.copies)
         wanted = _wanted(step.slices, states or {}, guesses or {})
         prompts = prompt_rows(step.slices, states or {})
         rows = [at for one in wanted for at in range(one.at, one.at + one.count)]
-        out = self._pass(step, rows + [at for one in prompts for at in one.at])
-        assert out.logits_BSV is not None
-        logits_RV, told_RV = out.logits_BSV[0].tensor_split([len(rows)])
+        out = self._pass(
+            step,
+            rows + [at for one in prompts for at in one.at],
+            loads or sampled > 0 or any(one.state.routes for one in wanted),
+        )
+        logits_RV, told_RV = out.logits_RV.tensor_split([len(rows)])
         read = _draw(logits_RV, wanted, out.routes) if wanted else None
         counts = self._count(out.routes) if loads else None
         some_LMK = self._sample(out.routes, step, sampled) if sampled and out.routes else None
@@ -146,15 +152,19 @@ class Runner:
 
         return end
 
-    def _pass(self, step: Step, rows: list[int]) -> Output:
+    def _pass(self, step: Step, rows: list[int], routes: bool) -> Passed:
         """The model on a step, with logits of these of its tokens."""
+        if self.fleet is not None:
+            return self.fleet.lead(step, rows, routes)
+        self.pool.copy(step.copies)
         whole = rows == list(range(step.tokens))
         out = self.decodes.run(step.slices) if whole else None
         if out is None:
             tokens_1T, positions_1T = self.cache.begin(step.slices)
             rows_R = None if whole else sent(torch.tensor(rows, dtype=torch.int64), self.device)
             out = self.model(tokens_1T, positions_1T, cache=self.cache, rows_R=rows_R)
-        return out
+        assert out.logits_BSV is not None
+        return Passed(out.logits_BSV[0], out.routes)
 
     def _count(self, routes: tuple[Tensor, ...]) -> Tensor | None:
         """Assignments of each expert of each layer, (L * E,); nothing waits for the device."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from .blocks import BlockPool, Copy
 from .request import FinishReason, Key, Request, State
-from .roster import Roster, age
-from .step import PACE, STATIC_BUDGET, Due, Event, Result, SchedulerConfig, Slice, Step
+from .roster import Counts, Roster, age
+from .step import STATIC_BUDGET, Event, Result, SchedulerConfig, Slice, Step
 
 PROMPT_ROWS = 256
 """Tokens of a step whose prompts' logits are wanted: each takes a row of the vocabulary's size."""
@@ -79,6 +79,14 @@ class Scheduler:
         """Whether there is anything to schedule."""
         return len(self.roster) > 0
 
+    def knows(self, id: str) -> bool:
+        """Whether a request is under way."""
+        return bool(self.roster.samples(id))
+
+    def counts(self) -> Counts:
+        """Where sequences and blocks are."""
+        return self.roster.counts()
+
     def get(self, key: Key) -> Request | None:
         """A sequence that has not ended."""
         return self.roster.get(key)
@@ -139,15 +147,8 @@ class Scheduler:
         elif isinstance(config.budget, int):
             tokens = config.budget
         else:
-            tokens = config.budget(len(decodes), sum(r.total for r in decodes), self._due(prompts, now))
+            tokens = config.budget(len(decodes), sum(r.total for r in decodes), self.roster.due(prompts, now))
         return max(1, min(tokens, config.max_step_tokens))
-
-    def _due(self, prompts: list[Request], now: float) -> list[Due]:
-        ahead, due = 0, []
-        for request in (*prompts, *self.roster.waiting[: self.config.lookahead]):
-            ahead += request.total - request.computed
-            due.append((ahead, request.arrival + len(request.prompt) / PACE - now))
-        return due
 
     def _patient(self) -> bool:
         """Under prefill_first: whether the decodes can wait once more."""

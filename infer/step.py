@@ -86,6 +86,8 @@ class Step:
     preempted: tuple[Key, ...] = ()
     expired: tuple[Event, ...] = ()
     """Sequences whose deadline has passed."""
+    parts: tuple[Step, ...] = ()
+    """Of each lane, where there are several (`lanes.Lanes`): its slices and copies. `slices` has all of them."""
 
     @property
     def tokens(self) -> int:

@@ -23,32 +23,36 @@ from .layers import HeadsNorm
 from .vocab_parallel import VocabParallel
 
 
-def spread_tensors(model: GPT, mesh: Mesh) -> None:
-    """Cuts attention by heads, dense feed-forward layers by their width and the vocabulary by words over tp."""
+def spread_tensors(model: GPT, mesh: Mesh, whole: bool = False) -> None:
+    """Cuts attention by heads, dense feed-forward layers by their width and the vocabulary by words over tp.
+
+    whole: every rank holds all positions between them, as inference does, where a sequence has few; else its share.
+    """
     tp = mesh.tp
     if tp.size() == 1:
         return
     group = tp.get_group()
-    vocabulary = VocabParallel(group, model.config.vocab_size)
-    model.own = functools.partial(own_positions, group=group)
+    vocabulary = VocabParallel(group, model.config.vocab_size, whole)
+    if not whole:
+        model.own = functools.partial(own_positions, group=group)
     model.embed.look_up, model.loss, model.logits = vocabulary.look_up, vocabulary.loss, vocabulary.logits
     _cut(model.embed, "weight", tp, 0)
     if model.head is not None:
         _cut(model.head, "weight", tp, 0)
     for block in model.blocks:
-        _spread_attention(block.attention, tp)  # type: ignore[arg-type]
+        _spread_attention(block.attention, tp, whole)  # type: ignore[arg-type]
         if block.mlp is not None:
-            _spread_feed_forward(block.mlp, tp)  # type: ignore[arg-type]
+            _spread_feed_forward(block.mlp, tp, whole)  # type: ignore[arg-type]
         if block.moe is not None:
             block.moe.gate.reduce_sequences = functools.partial(all_reduce_sum, group=group)  # type: ignore[union-attr]
 
 
-def _spread_attention(attention: Attention, tp: DeviceMesh) -> None:
+def _spread_attention(attention: Attention, tp: DeviceMesh, whole: bool) -> None:
     for name in ("weight", "bias"):
         _cut(attention.q, name, tp, 0)
         _cut(attention.kv, name, tp, 1)
     _cut(attention.out, "weight", tp, 1)
-    _hook(attention, tp)
+    _hook(attention, tp, whole)
     group = tp.get_group()
     for norm in (attention.q_norm, attention.k_norm):
         if isinstance(norm, HeadsNorm):
@@ -63,16 +67,17 @@ def _own_heads(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     return share(weight, group).chunk(group.size())[group.rank()]
 
 
-def _spread_feed_forward(mlp: FeedForward, tp: DeviceMesh) -> None:
+def _spread_feed_forward(mlp: FeedForward, tp: DeviceMesh, whole: bool) -> None:
     for name in ("w_in", "b_in", "w_out"):
         _cut(mlp, name, tp, 1)
-    _hook(mlp, tp)
+    _hook(mlp, tp, whole)
 
 
-def _hook(module: Attention | FeedForward, tp: DeviceMesh) -> None:
+def _hook(module: Attention | FeedForward, tp: DeviceMesh, whole: bool) -> None:
     group = tp.get_group()
-    module.enter = functools.partial(gather_sequence, group=group)
-    module.leave = functools.partial(scatter_sequence, group=group)
+    if not whole:
+        module.enter = functools.partial(gather_sequence, group=group)
+    module.leave = functools.partial(all_reduce_sum if whole else scatter_sequence, group=group)
     module.once = functools.partial(once, group=group)
 
 
@@ -90,6 +95,15 @@ def keep_out_of_graphs(block: Block) -> None:
 def spread_experts(moe: MoE, mesh: Mesh, dispatchers: Dispatchers, even_splits: bool) -> None:
     """Cuts a layer's experts over its ranks and puts the exchanges around them."""
     moe.gate.reduce_counts = all_reduce_sum
+    cut_experts(moe, mesh)
+    if mesh.layout.experts(moe.num_experts).ep > 1:
+        capacity = moe.gate.capacity if even_splits else None
+        group = mesh.experts(moe.num_experts).ep.get_group()
+        moe.dispatch = dispatchers.make(group, moe.gate, capacity)
+
+
+def cut_experts(moe: MoE, mesh: Mesh) -> None:
+    """Cuts a layer's experts over its ranks: by expert, and by their width where ranks slice them."""
     degrees, experts = mesh.layout.experts(moe.num_experts), moe.experts
     if degrees.ep == degrees.etp == 1:
         return
@@ -101,9 +115,6 @@ def spread_experts(moe: MoE, mesh: Mesh, dispatchers: Dispatchers, even_splits: 
     if sliced:
         experts.slices = Slices(meshes.etp.get_group())
         experts.once = functools.partial(once, group=meshes.etp.get_group())
-    if degrees.ep > 1:
-        capacity = moe.gate.capacity if even_splits else None
-        moe.dispatch = dispatchers.make(meshes.ep.get_group(), moe.gate, capacity)
 
 
 def _cut(owner: nn.Module, name: str, mesh: DeviceMesh, *dims: int | None) -> None:

@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import native
 from ..kernels.cross_entropy import chunk_tokens, head_loss, wide_dtype
+from ..kernels.linear import linear
 from ..parallel.collectives import all_reduce_max, all_reduce_sum
 from ..parallel.tensor import gather_sequence, local_part, scatter_sequence
 
@@ -22,10 +24,13 @@ IGNORED = -100
 
 class VocabParallel:
     """What a model does with its vocabulary over a tensor-parallel group. Rank p holds the rows p * ceil(V / P) and
-    so on of the table, the last one fewer; all ranks are given the same tokens and targets."""
+    so on of the table, the last one fewer; all ranks are given the same tokens and targets.
 
-    def __init__(self, group: dist.ProcessGroup, words: int) -> None:
-        self.group, self.words = group, words
+    whole: every rank holds all positions of the sequences; there is no loss then.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, words: int, whole: bool = False) -> None:
+        self.group, self.words, self.whole = group, words, whole
         self.share = -(-words // group.size())
         self.first = group.rank() * self.share
 
@@ -34,7 +39,7 @@ class VocabParallel:
         weight_vD = local_part(weight_VD)
         own_BS, here_BS = self._here(tokens_BS, len(weight_vD))
         x_BSD = F.embedding(own_BS, weight_vD).where(here_BS[..., None], 0)
-        return scatter_sequence(x_BSD, self.group)
+        return all_reduce_sum(x_BSD, self.group) if self.whole else scatter_sequence(x_BSD, self.group)
 
     def loss(self, x_BsD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
         """SUM of the cross entropy over the targets (B, S) at this rank's positions: the ranks' sum counts each once.
@@ -48,8 +53,9 @@ class VocabParallel:
     def logits(self, x_BsD: Tensor, weight_VD: Tensor, keep: int) -> Tensor:
         """Logits of the last `keep` positions (0: all), whole on every rank; no gradient."""
         weight_vD = local_part(weight_VD)
-        x_BSD = gather_sequence(x_BsD, self.group)[:, -keep:]
-        logits_BvS = F.pad(weight_vD @ x_BSD.mT, (0, 0, 0, self.share - len(weight_vD)))
+        x_BSD = (x_BsD if self.whole else gather_sequence(x_BsD, self.group))[:, -keep:]
+        native_BvS = linear(x_BSD, weight_vD).mT if native.ready(x_BSD, weight_vD) else weight_vD @ x_BSD.mT
+        logits_BvS = F.pad(native_BvS, (0, 0, 0, self.share - len(weight_vD)))
         return gather_sequence(logits_BvS, self.group)[:, : self.words].mT
 
     def loss_rows(self, targets_T: Tensor, own_T: Tensor) -> Callable[[Tensor, slice, bool], Tensor]:

@@ -6,7 +6,7 @@ Tensors carry the names of the model's parameters and buffers; a tied head is no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +126,20 @@ def begin_model(directory: str | Path, config: ModelConfig, tokenizer: Tokenizer
     return drafts
 
 
-def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> GPT:
+def load_model(
+    directory: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    lay: Callable[[GPT], object] | None = None,
+) -> GPT:
     """Builds the model of a directory on one device.
 
     Args:
         directory: as `save_model` writes it, or of another project (`hf.FAMILIES`).
         device: where the parameters go.
         dtype: of the matrices (the router stays in fp32); None: as stored.
+        lay: cuts the model over ranks, before it takes memory; then each rank reads its part.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -145,6 +152,8 @@ def load_model(directory: str | Path, *, device: str | torch.device = "cpu", dty
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype != kind and stored_dtype(_role(module, name), kind) == kind:
                 setattr(module, name, nn.Parameter(parameter.to(kind)))
+    if lay is not None:
+        lay(model)
     model.to_empty(device=device)
     _read(stored, model)
     return model

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,18 @@ RunExperts = Callable[..., Any]
 
 Finish = Callable[[RunExperts], Tensor]
 """Runs the experts on what has travelled since the start, and brings the answers home: y_TD. Called once."""
+
+
+class Dispatch(Protocol):
+    """A layer's way to its experts and back. Every rank runs every pass, with or without tokens."""
+
+    def start(self, x_TD: Tensor, routing: Routing) -> Finish:
+        """Sends the rows on their way; compute what needs no expert before finishing."""
+        ...
+
+    def rows(self, routing: Routing) -> Tensor:
+        """Rows that experts compute for these tokens, padding included."""
+        ...
 
 
 class LocalDispatch:
@@ -110,7 +122,7 @@ class AllToAllDispatch:
         def finish(experts: RunExperts) -> Tensor:
             if len(trips) == 1:
                 x_QD = arrivals[0]()
-                answers = [trips[0].reply(experts(x_QD, _regroup(trips[0].counts_PL, len(x_QD)), None))]
+                answers = [trips[0].reply(experts(x_QD, _experts_of(trips[0].counts_PL, len(x_QD)), None))]
             else:
                 answers = _stream(trips, arrivals, experts)
             y_RD = answers[0]() if len(answers) == 1 else torch.cat([arrive() for arrive in answers])
@@ -162,15 +174,10 @@ class Coordinated:
     its share of them through `dispatch`, over the ranks that have its place among the replicas, and the answers are
     gathered. O(p / L) + O(L) messages for L replicas (DeepSpeed-MoE section 5.3)."""
 
-    def __init__(self, dispatch: AllToAllDispatch, replicas: Replicas) -> None:
-        if dispatch.even_capacity is not None:
+    def __init__(self, dispatch: Dispatch, replicas: Replicas) -> None:
+        if getattr(dispatch, "even_capacity", None) is not None:
             raise ValueError("a share of the tokens has no even splits: coordinate a dispatch without even_capacity")
         self.dispatch, self.replicas = dispatch, replicas
-
-    @property
-    def traffic(self) -> Traffic:
-        """What the exchanges of its dispatch sent."""
-        return self.dispatch.traffic
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
         return self.start(x_TD, routing)(experts)
@@ -197,7 +204,7 @@ def _stream(trips: list[Trip], arrivals: list[Land], experts: RunExperts) -> lis
     def chunks() -> Iterator[tuple[Tensor, Plan]]:
         for trip, arrive in zip(trips, arrivals, strict=True):
             x_QD = arrive()
-            yield x_QD, _regroup(trip.counts_PL, len(x_QD))
+            yield x_QD, plan_rows(_experts_of(trip.counts_PL, len(x_QD)), trip.counts_PL.shape[1])
 
     def answer(y_QD: Tensor) -> None:
         answers.append(trips[len(answers)].reply(y_QD))
@@ -206,10 +213,9 @@ def _stream(trips: list[Trip], arrivals: list[Land], experts: RunExperts) -> lis
     return answers
 
 
-def _regroup(counts_PL: Tensor, rows: int) -> Plan:
-    """Rows that arrived by (rank, expert) in the order of their experts: a plan of one choice per row, so the experts
-    gather and scatter them and nothing is copied."""
+def _experts_of(counts_PL: Tensor, rows: int) -> Tensor:
+    """The expert (Q, 1) of each row that arrived by (rank, expert): one choice a row, so the experts gather and
+    scatter them and nothing is copied."""
     ranks, experts = counts_PL.shape
     experts_PL = torch.arange(experts, device=counts_PL.device).repeat(ranks)
-    ids_Q = experts_PL.repeat_interleave(counts_PL.flatten(), output_size=rows)
-    return plan_rows(ids_Q[:, None], experts)
+    return experts_PL.repeat_interleave(counts_PL.flatten(), output_size=rows)[:, None]

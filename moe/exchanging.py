@@ -74,7 +74,10 @@ class Dispatchers:
         self._choices: dict[tuple[str, Batch], Choice] = {}
 
     def make(
-        self, group: dist.ProcessGroup, gate: Gate, even_capacity: Callable[[int], int | None] | None = None
+        self,
+        group: dist.ProcessGroup,
+        gate: Gate,
+        even_capacity: Callable[[int], int | None] | None = None,
     ) -> AllToAllDispatch:
         """The dispatcher of the layer of `gate`, with its experts spread over `group`. Layers over one group share
         its parts.
@@ -82,15 +85,28 @@ class Dispatchers:
         Raises:
             ValueError: the experts do not spread, the chunks do not fit, or the exchange does not fit the nodes.
         """
-        key, experts, settings = group.group_name, gate.num_experts, self.settings
-        if key not in self._networks:
-            self._networks[key] = Network(group, self.per_node)
-        network, name = self._networks[key], settings.exchange
+        experts, settings = gate.num_experts, self.settings
+        network, name = self.network(group), settings.exchange
         if name == "auto":
             batch = Batch(settings.tokens, gate.weight.shape[1], gate.top_k, experts, self.element_bytes)
             name = self._pick(network, batch)
-        chunks, exchange = settings.chunks_for(experts // group.size()), make_exchange(name, network)
-        return AllToAllDispatch(group, experts, even_capacity, exchange=exchange, chunks=chunks)
+        chunks, made = settings.chunks_for(experts // group.size()), make_exchange(name, network)
+        return AllToAllDispatch(group, experts, even_capacity, exchange=made, chunks=chunks)
+
+    def make_slots(self, group: dist.ProcessGroup, slots: int, exchange: str) -> AllToAllDispatch:
+        """A dispatcher to so many slots for experts, evenly over the ranks of `group`, by an exchange of this name.
+
+        Raises:
+            ValueError: the exchange does not fit the nodes.
+        """
+        return AllToAllDispatch(group, slots, exchange=make_exchange(exchange, self.network(group)))
+
+    def network(self, group: dist.ProcessGroup) -> Network:
+        """The group's parts, the same each time."""
+        key = group.group_name
+        if key not in self._networks:
+            self._networks[key] = Network(group, self.per_node)
+        return self._networks[key]
 
     def _pick(self, network: Network, batch: Batch) -> str:
         if network.nodes is None or network.nodes.nodes == 1:

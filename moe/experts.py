@@ -75,26 +75,35 @@ class Experts(nn.Module):
         _reset(self)
 
     def forward(
-        self, x_TD: Tensor | Chunks, plan: Plan | Tensor | None = None, weights_TK: Tensor | None = None
+        self,
+        x_TD: Tensor | Chunks,
+        plan: Plan | Tensor | None = None,
+        weights_TK: Tensor | None = None,
+        *,
+        own: bool = False,
     ) -> Tensor | list[Tensor]:
         """y_t = sum_k w_tk * expert(x_t) over the rows of `plan`, or over a router's choices ids_TK, of which -1 is
-        none; weights of None mean ones. For `Chunks` the answers of all pieces."""
+        none; weights of None mean ones. For `Chunks` the answers of all pieces.
+
+        own: of choices, what this rank's slices add to the answers; the caller sums over the ranks.
+        """
         if isinstance(x_TD, Chunks):
             return self._by_pieces(x_TD, self._own())
         assert plan is not None
         if isinstance(plan, Tensor):
-            return self._chosen(x_TD, plan, weights_TK)
+            return self._chosen(x_TD, plan, weights_TK, own or self.slices is None)
         return self._sliced(self._own(), x_TD, plan, weights_TK)
 
-    def _chosen(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    def _chosen(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor | None, alone: bool) -> Tensor:
         own = self._own()
-        if self.slices is None and expert_native.ready(x_TD, *own):
+        if alone and expert_native.ready(x_TD, *own):
             return expert_native.experts(x_TD, ids_TK, weights_TK, *own, activation=self.activation)
-        if self.slices is None and expert_decode_triton.ready(x_TD, *own):
+        if alone and expert_decode_triton.ready(x_TD, *own):
             return expert_decode_triton.expert_decode_triton(
                 x_TD, ids_TK, weights_TK, *own, activation=self.activation
             )
-        return self._sliced(own, x_TD, plan_rows(ids_TK, len(own[1])), weights_TK)
+        run = self._compute if alone else self._sliced
+        return run(own, x_TD, plan_rows(ids_TK, len(own[1])), weights_TK)
 
     def _own(self) -> list[Any]:
         """w_in (E, N, D), w_out, b_in (E, N), b_out of this rank."""

@@ -14,7 +14,7 @@ from ..kernels.gate_native import mix_, scale_by_sigmoid_
 from ..kernels.linear import linear
 from ..kernels.norm_native import plus_
 from .config import MoEConfig
-from .dispatch import AllToAllDispatch, Coordinated, LocalDispatch
+from .dispatch import Dispatch, LocalDispatch
 from .experts import Experts, FeedForward
 from .gate import Gate, Routing
 
@@ -56,7 +56,7 @@ class MoE(nn.Module):
         self.coefficient = nn.Linear(dim, 2, **at) if config.residual else None
         self.shared = FeedForward(dim, config.shared_hidden, **kind) if config.shared_hidden else None
         self.shared_gate = nn.Linear(dim, 1, bias=False, **at) if config.shared_gate else None
-        self.dispatch: LocalDispatch | AllToAllDispatch | Coordinated = LocalDispatch()
+        self.dispatch: Dispatch = LocalDispatch()
 
     def forward(
         self,

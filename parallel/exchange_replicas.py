@@ -15,6 +15,13 @@ from .collectives import all_gather_rows
 from .traffic import Traffic, launched_per_node, link
 
 
+def shared(total: int, ranks: int, place: int) -> range:
+    """Of `total` rows those of one of the ranks that share them."""
+    each = -(-total // ranks)
+    first = min(place * each, total)
+    return range(first, min(first + each, total))
+
+
 class Replicas:
     """The ranks that hold the same tokens, as tensor-parallel ones do.
 
@@ -37,9 +44,8 @@ class Replicas:
 
     def share(self, total: int) -> slice:
         """This rank's rows among `total`."""
-        each = -(-total // len(self.links))
-        first = min(self.group.rank() * each, total)
-        return slice(first, min(first + each, total))
+        own = shared(total, len(self.links), self.group.rank())
+        return slice(own.start, own.stop)
 
     def take(self, x_TD: Tensor) -> Tensor:
         """This rank's rows of what all hold."""

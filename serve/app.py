@@ -55,7 +55,7 @@ def build(
     keys = KeyRing([] if inside else load_keys(settings)) if keys is None else keys
     templates = load_templates(folder, settings)
     engine.name = settings.model_name or engine.name
-    recording = None if settings.record is None else Recording(engine, settings.record)
+    recording = Recording(engine, settings.record) if settings.record else None
     metrics = Metrics(engine, recording)
     service, life = Service(engine, settings, templates, metrics), Life(settings)
 

@@ -182,7 +182,7 @@ def _line(engine: Any, settings: ServerSettings, listener: socket.socket) -> str
 
 def serve_model(model: Path, settings: ServerSettings, config: EngineConfig) -> int:
     """Opens a model and serves it; see `serve`. Raises what `Engine.open` and `serve` do."""
-    if settings.record is not None:
+    if settings.record:
         check_path(settings.record)  # before the model is loaded
     engine, folder = open_engine(model, config)
     return serve(engine, settings, folder)

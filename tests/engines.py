@@ -123,6 +123,14 @@ def drain(engine: Engine, most: int = 3000) -> int:
     return steps
 
 
+def drain_all(engine: Engine) -> None:
+    """Steps until all is done, over however many lanes; no block is held then."""
+    while not engine.idle:
+        engine.step()
+    counts = engine.core.scheduler.counts()
+    assert counts.used == counts.running == counts.waiting == 0
+
+
 def check_empty(engine: Engine) -> None:
     """Nothing is kept of requests that have ended, and no client has found anything wrong."""
     assert not Client.wrong

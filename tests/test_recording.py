@@ -149,9 +149,10 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_refuses_before_it_opens_a_model(tmp_path: Path) -> None:
-    nowhere = ServerSettings(record=tmp_path / "no" / "r")
-    with pytest.raises(ValueError, match="cannot be recorded to"):
-        serve(tmp_path / "no model", nowhere)
+    nowhere = ServerSettings(record=str(tmp_path / "no" / "r"))
+    for ranks in (1, 2):
+        with pytest.raises(ValueError, match="cannot be recorded to"):
+            serve(tmp_path / "no model", nowhere, ranks=ranks)
     for how in ({"replicas": 2}, {"ray": True}):
         with pytest.raises(ValueError, match="one process's file"):
-            serve(tmp_path / "no model", ServerSettings(record=tmp_path / "r"), **how)
+            serve(tmp_path / "no model", ServerSettings(record=str(tmp_path / "r")), **how)

@@ -1,40 +1,43 @@
-// The activations of feed-forward networks over rows of fp32. Every number is computed by itself, so the compiler
-// may take any number of them at once.
+// The activations of feed-forward networks over rows of fp32. Every number is computed by itself.
 #pragma once
-#include <cstdint>
-#include <cstring>
+#include "lanes.h"
 
 // e^x to 2 units in the last place: 2^n e^r with |r| <= log(2) / 2. Beyond fp32's range it stays just inside; NaN
 // stays NaN.
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is a whole number
-    float n = shifted - 12582912.0f;
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;  // the coefficients of Cephes' expf
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = (p * r) * r + r + 1.0f;
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits + 127) << 23;  // the low bits of the shifted number are n
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
+static inline vec exponential(vec x) {
+    const vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, which the low bits hold
+    x = larger(all(-87.0f), smaller(all(88.0f), x));
+    vec shifted = fma(x, all(1.44269504f), magic), n = sub(shifted, magic);
+    vec r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), x));
+    vec p = all(1.9875691500e-4f);  // the coefficients of Cephes' expf
+    p = fma(p, r, all(1.3981999507e-3f));
+    p = fma(p, r, all(8.3334519073e-3f));
+    p = fma(p, r, all(4.1665795894e-2f));
+    p = fma(p, r, all(1.6666665459e-1f));
+    p = fma(p, r, all(5.0000001201e-1f));
+    p = fma(fma(p, r, all(1.0f)), r, all(1.0f));
+    return as_vec(bits_of(p) + (bits_of(shifted) << 23));
+}
+
+// z / (1 + e^by)
+static inline vec damped(vec z, vec by) { return div(z, add(all(1.0f), exponential(by))); }
+
+static inline vec silu(vec z) { return damped(z, sub(zeros(), z)); }
+
+// The tanh form: z (1 + tanh(s)) / 2 = z / (1 + e^-2s).
+static inline vec gelu(vec z) {
+    return damped(z, mul(all(-1.59576912f), fma(mul(all(0.044715f), mul(z, z)), z, z)));
 }
 
 // gate = silu(gate) * up
 static inline void swiglu(float *gate, const float *up, long n) {
-    for (long i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) store(gate + i, mul(silu(load(gate + i)), load(up + i)));
+    if (i < n) store_part(gate + i, mul(silu(load_part(gate + i, n - i)), load_part(up + i, n - i)), n - i);
 }
 
-// The tanh form: z (1 + tanh(s)) / 2 = z / (1 + e^-2s).
 static inline void gelu(float *z, long n) {
-    for (long i = 0; i < n; i++) {
-        float s = 1.59576912f * (z[i] + 0.044715f * (z[i] * z[i] * z[i]));
-        z[i] = z[i] / (1.0f + exponential(-s));
-    }
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) store(z + i, gelu(load(z + i)));
+    if (i < n) store_part(z + i, gelu(load_part(z + i, n - i)), n - i);
 }

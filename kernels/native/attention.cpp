@@ -210,7 +210,8 @@ template <class X, class K, class C> struct Layer {
         }
         X *out = (X *)a.out + (token * a.heads + head) * a.d;
         vec part = all(decay / total);
-        for (long i = 0; i < a.d; i += LANES) store_part(out + i, mul(load(values + i), part), a.d - i);
+        for (long i = 0; i < a.d; i += LANES)  // + 0: tiles of keys that a row does not see may turn -0 into 0
+            store_part(out + i, fma(load(values + i), part, zeros()), a.d - i);
     }
 
     // Merges the parts of split rows, in order. Units of the same rows lie one behind the other.

@@ -7,11 +7,14 @@
 #include "kvtypes.h"
 #include "tiles.h"
 
-constexpr int TILE = 64, PART = 512, ROWS = 64, WIDEST = 256;
+constexpr int TILE = 64, PART = 512, ROWS = 128, WIDEST = 256;
 constexpr int CHUNKS = TILE / LANES;  // vectors in a tile
 constexpr float LOWEST = -1e30f;
+constexpr float SLACK = 8;    // a larger score takes the place of `most` only if it is larger by this: values are
+                              // rarely rescaled, and no weight is above 2^8
 
-// The state of some rows: the largest score (times log2 e), the sum of weights, lane by lane, and the weighted values.
+// The state of some rows: the score that has the weight 1 (times log2 e), none being much larger, the sum of weights,
+// lane by lane, and the weighted values.
 struct State {
     float most[ROWS];
     vec sum[ROWS];
@@ -134,9 +137,8 @@ template <int M, int N, class C> static inline void weigh(Scratch<C> &s, int row
     constexpr int STEPS = TILE / Words<C>::HELD;
     float *out = s.part.values + row * padded + at;
     const word *weights = s.weights + row * STEPS;
-    for (int m = 0; m < M; m++)  // + 0 makes no -0, to which a weight of 0 would make a difference
-        for (int n = 0; n < N; n++)
-            acc[m * N + n] = fma(load(out + m * padded + n * LANES), all(s.decay[row + m]), zeros());
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) acc[m * N + n] = mul(load(out + m * padded + n * LANES), all(s.decay[row + m]));
     for (int j = 0; j < STEPS; j++) {
         const word *values = s.value_row[j] + at;
         vec v[N];
@@ -160,18 +162,22 @@ template <bool SCALED, class C> static inline void soften(Scratch<C> &s, int row
     }
     vec high = x[0];
     for (int c = 1; c < CHUNKS; c++) high = larger(high, x[c]);
-    float old = s.part.most[row], found = largest(high), most = found > old ? found : old;
-    float decay = most == old ? 1.0f : exp2(old - most);
-    vec total = mul(s.part.sum[row], all(decay));
-    s.part.most[row] = most;
+    float most = s.part.most[row], decay = 1;
+    vec total = s.part.sum[row];
+    if (any_above(high, most + SLACK)) {
+        float found = largest(high);
+        decay = exp2(most - found);
+        total = mul(total, all(decay));
+        s.part.most[row] = most = found;
+    }
     s.decay[row] = decay;
     C *out = (C *)(s.weights + row * (TILE / Words<C>::HELD));
     for (int c = 0; c < CHUNKS; c++) {
-        vec p = exp2(sub(x[c], all(most)));
-        total = add(total, p);
-        if (SCALED) p = mul(p, load(s.value_scale + c * LANES));
-        store(out + c * LANES, p);
+        x[c] = exp2(sub(x[c], all(most)));
+        total = add(total, x[c]);
+        if (SCALED) x[c] = mul(x[c], load(s.value_scale + c * LANES));
     }
+    for (int c = 0; c < CHUNKS; c += 2) store_pair(out + c * LANES, x[c], x[c + 1]);
     s.part.sum[row] = total;
 }
 
@@ -184,48 +190,66 @@ template <int M, class C> static inline void weigh_all(Scratch<C> &s, int row, l
 
 #if COTERIE_TILES
 
-// The same through tiles, for n <= 16 rows: keys and values lie as right operands need them.
-static inline void score_tiles(Scratch<bf16> &s, int row, int n, long d) {
-    asm volatile("" ::: "memory");
-    s.tiles.rows(n);
-    for (int c = 0; c < TILE; c += 32) {
-        _tile_zero(0);
-        _tile_zero(1);
-        for (long k = 0; k < d; k += STEP) {
-            const word *keys = s.keys + k / 2 * TILE + c;
-            _tile_loadd(4, s.query + row * d + k, d * 2);
-            _tile_loadd(6, keys, TILE * 4);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, keys + 16, TILE * 4);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        _tile_stored(0, s.scores + row * TILE + c, TILE * 4);
-        _tile_stored(1, s.scores + row * TILE + c + 16, TILE * 4);
+// The same through tiles, for n <= 16 rows: keys and values lie as right operands need them. Four answers, or two, of
+// 16 columns each: out = left right, `steps` tiles of the left operand lying side by side.
+template <int N>
+static inline void answers(const void *left, long left_bytes, const word *right, long stride, long steps) {
+    for (long k = 0; k < steps; k++, right += 16 * stride) {
+        _tile_loadd(4, (const char *)left + k * 64, left_bytes);
+        _tile_loadd(6, right, stride * 4);
+        _tile_loadd(7, right + 16, stride * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (N == 2) continue;
+        _tile_loadd(6, right + 32, stride * 4);
+        _tile_loadd(7, right + 48, stride * 4);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 4, 7);
     }
 }
 
-static inline void weigh_tiles(Scratch<bf16> &s, int row, int n, long padded) {
-    constexpr long STEPS = TILE / 2;
-    float *out = s.part.values + row * padded;
-    for (int m = 0; m < n; m++)
-        for (long i = m * padded; i < (m + 1) * padded; i += LANES)
-            store(out + i, fma(load(out + i), all(s.decay[row + m]), zeros()));
+template <int N> static inline void store_answers(float *out, long stride) {
+    _tile_stored(0, out, stride * 4);
+    _tile_stored(1, out + 16, stride * 4);
+    if (N == 2) return;
+    _tile_stored(2, out + 32, stride * 4);
+    _tile_stored(3, out + 48, stride * 4);
+}
+
+static inline void score_tiles(Scratch<bf16> &s, int row, int n, long d) {
     asm volatile("" ::: "memory");
     s.tiles.rows(n);
-    for (long at = 0; at < padded; at += 32) {
-        _tile_loadd(0, out + at, padded * 4);
-        _tile_loadd(1, out + at + 16, padded * 4);
-        for (long j = 0; j < STEPS; j += 16) {
-            const word *values = s.values + j * padded + at;
-            _tile_loadd(4, s.weights + row * STEPS + j, STEPS * 4);
-            _tile_loadd(6, values, padded * 4);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, values + 16, padded * 4);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        _tile_stored(0, out + at, padded * 4);
-        _tile_stored(1, out + at + 16, padded * 4);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    answers<4>(s.query + row * d, d * 2, s.keys, TILE, d / STEP);
+    store_answers<4>(s.scores + row * TILE, TILE);
+}
+
+template <int N> static inline void weigh_tiles(Scratch<bf16> &s, int row, long at, long padded) {
+    float *out = s.part.values + row * padded + at;
+    _tile_loadd(0, out, padded * 4);
+    _tile_loadd(1, out + 16, padded * 4);
+    if (N == 4) {
+        _tile_loadd(2, out + 32, padded * 4);
+        _tile_loadd(3, out + 48, padded * 4);
     }
+    answers<N>(s.weights + row * (TILE / 2), TILE * 2, s.values + at, padded, TILE / STEP);
+    store_answers<N>(out, padded);
+}
+
+static inline void weigh_tiles(Scratch<bf16> &s, int row, int n, long padded) {
+    for (int m = row; m < row + n; m++) {
+        if (s.decay[m] == 1) continue;
+        float *out = s.part.values + m * padded;
+        for (long i = 0; i < padded; i += LANES) store(out + i, mul(load(out + i), all(s.decay[m])));
+    }
+    asm volatile("" ::: "memory");
+    s.tiles.rows(n);
+    long at = 0;
+    for (; at + 64 <= padded; at += 64) weigh_tiles<4>(s, row, at, padded);
+    if (at < padded) weigh_tiles<2>(s, row, at, padded);
 }
 
 #endif

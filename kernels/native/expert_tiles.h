@@ -30,28 +30,31 @@ struct TiledLayer : Layer<bf16> {
         }
     }
 
-    // The first two blocks of rows that hidden() reads of a part from column f on.
-    void first_rows(Plan::Part part, long f, const bf16 **rows) const {
-        rows[0] = w_in + (part.e * P * F + f) * D;
-        rows[1] = rows[0] + (P == 2 ? F : GROUP) * D;
+    // What hidden() reads first of a task, for `products` that come before it.
+    Ahead before_hidden(long task, long products) const {
+        long tasks_F = share(F, width_F);
+        if (task >= plan.parts_count * tasks_F) return {};
+        const bf16 *w = w_in + (plan.parts[task / tasks_F].e * P * F + task % tasks_F * width_F) * D;
+        return {w, w + (P == 2 ? F : GROUP) * D, D, products};
     }
 
-    // a[rows][f .. f_end] of one part. Where memory is waited for, the rows that come next are fetched meanwhile.
-    void hidden(Plan::Part part, long f_begin, long f_end, const Plan::Part *after) const {
+    // Some columns of a of one part: all its groups pass over two blocks of weights before the next two are read.
+    void hidden(long task, long next) const {
         alignas(64) float z[4 * ANSWER];
-        long wide = P == 2 ? GROUP : 2 * GROUP, all = share(part.rows, GROUP);
-        for (long g = 0; g < all; g += 2) {
-            long groups = at_most(all - g, 2);
-            for (long f = f_begin; f < f_end; f += wide) {
-                const bf16 *rows[2], *next[2];
-                first_rows(part, f, rows);
-                bool last = f + wide >= f_end, ahead = g == 0 && !(last && !after);
-                if (ahead) last ? first_rows(*after, f_end < F ? f_end : 0, next) : first_rows(part, f + wide, next);
-                if (P == 1 && f + GROUP >= f_end) rows[1] = rows[0];
-                products(groups, rows[0], rows[1], D, x_packed + (part.group + g) * GROUP * D / 2, z,
-                         ahead ? next : nullptr);
+        long tasks_F = share(F, width_F), wide = P == 2 ? GROUP : 2 * GROUP;
+        long begin = task % tasks_F * width_F, end = at_most(F, begin + width_F);
+        const Plan::Part &part = plan.parts[task / tasks_F];
+        long all = share(part.rows, GROUP), passes = share(all, 2);
+        const bf16 *w = w_in + (part.e * P * F + begin) * D;
+        for (long f = begin; f < end; f += wide, w += wide * D) {
+            const bf16 *other = P == 2 ? w + F * D : f + GROUP < end ? w + GROUP * D : w;
+            Ahead ahead(w + wide * D, w + wide * D + (P == 2 ? F : GROUP) * D, D, passes);
+            if (f + wide >= end) ahead = before_hidden(next, passes);
+            for (long g = 0; g < all; g += 2) {
+                long groups = at_most(all - g, 2);
+                products(groups, w, other, D, x_packed + (part.group + g) * GROUP * D / 2, z, ahead);
                 for (long j = 0; j < groups; j++)
-                    activate(part, part.group + g + j, f, z + 2 * j * ANSWER, rows[1] != rows[0]);
+                    activate(part, part.group + g + j, f, z + 2 * j * ANSWER, other != w);
             }
         }
     }
@@ -75,37 +78,42 @@ struct TiledLayer : Layer<bf16> {
         for (long i = 0; i < GROUP; i++) store(z + i * GROUP, add(load(z + i * GROUP), all(widen(bias[i]))));
     }
 
-    // Neighbours along K become one word.
+    // Neighbours along K become one word. Subnormal numbers become zeros, as which tiles would take them.
     static void join(const float *z, word *out) {
+        alignas(64) static constexpr uint16_t by_turns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        __m512i order = _mm512_load_si512(by_turns);
         for (long i = 0; i < GROUP; i += 2) {
-            __m512i low = _mm512_cvtepu16_epi32(narrowed(load(z + i * GROUP)));
-            __m512i high = _mm512_cvtepu16_epi32(narrowed(load(z + (i + 1) * GROUP)));
-            _mm512_store_si512(out + i / 2 * GROUP, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            __m512bh both = _mm512_cvtne2ps_pbh(load(z + (i + 1) * GROUP).v, load(z + i * GROUP).v);
+            _mm512_store_si512(out + i / 2 * GROUP, _mm512_permutexvar_epi16(order, (__m512i)both));
         }
     }
 
-    // out[r][0 .. n] = w_out[d .. d + n] a_r of all rows.
-    void outputs(float *own, long d, long n) const {
+    // What outputs() reads first of a part's columns from d on.
+    Ahead before_outputs(long p, long d, long products) const {
+        if (p >= plan.parts_count || d >= D) return {};
+        const bf16 *w = w_out + (plan.parts[p].e * D + d) * F;
+        return {w, w + GROUP * F, F, products};
+    }
+
+    // out[r][0 .. n] = w_out[d .. d + n] a_r of all rows. The columns from `next` on are this thread's next ones.
+    void outputs(float *own, long d, long n, long next) const {
         alignas(64) float z[4 * ANSWER];
         for (long p = 0; p < plan.parts_count; p++) {
             Plan::Part part = plan.parts[p];
             const bf16 *w = w_out + (part.e * D + d) * F, *b = b_out ? b_out + part.e * D + d : nullptr;
-            long all = share(part.rows, GROUP);
-            for (long g = 0; g < all; g += 2) {
-                long groups = at_most(all - g, 2);
-                for (long i = 0; i < n; i += 2 * GROUP) {
-                    long second = i + GROUP < n ? GROUP : 0;
-                    const bf16 *rows = w + i * F, *next[2] = {rows + 2 * GROUP * F, rows + 3 * GROUP * F};
-                    if (i + 2 * GROUP >= n && p + 1 < plan.parts_count) {
-                        next[0] = w_out + (plan.parts[p + 1].e * D + d) * F;
-                        next[1] = next[0] + GROUP * F;
-                    }
-                    bool ahead = g == 0 && (i + 2 * GROUP < n || p + 1 < plan.parts_count);
-                    products(groups, rows, rows + second * F, F, a_packed + (part.group + g) * GROUP * F / 2, z,
-                             ahead ? next : nullptr);
-                    for (long j = 0; j < groups; j++) {
-                        put(part, g + j, z + 2 * j * ANSWER, own + i, n, b ? b + i : nullptr);
-                        if (second) put(part, g + j, z + (2 * j + 1) * ANSWER, own + i + GROUP, n, b ? b + i + GROUP : b);
+            long all = share(part.rows, GROUP), passes = share(all, 2);
+            for (long i = 0; i < n; i += 2 * GROUP, w += 2 * GROUP * F) {
+                long second = i + GROUP < n ? GROUP : 0;
+                Ahead ahead(w + 2 * GROUP * F, w + 3 * GROUP * F, F, passes);
+                bool last = i + 2 * GROUP >= n, more = p + 1 < plan.parts_count;
+                if (last) ahead = more ? before_outputs(p + 1, d, passes) : before_outputs(0, next, passes);
+                for (long g = 0; g < all; g += 2) {
+                    long groups = at_most(all - g, 2);
+                    products(groups, w, w + second * F, F, a_packed + (part.group + g) * GROUP * F / 2, z, ahead);
+                    for (long j = 0; j < 2 * groups; j++) {
+                        long at = i + j % 2 * GROUP;
+                        if (at < n) put(part, g + j / 2, z + j * ANSWER, own + at, n, b ? b + at : nullptr);
                     }
                 }
             }
@@ -118,27 +126,36 @@ struct TiledLayer : Layer<bf16> {
         turn(answer, at_most(part.rows - g * GROUP, GROUP), own + (part.row + g * GROUP) * n, n);
     }
 
+    // Every task reads all hidden rows: half as many bytes of them as of weights at most.
+    void cut(int threads) {
+        Layer<bf16>::cut(threads);
+        long wide = at_most(2 * share(plan.first_E[E], at_least(plan.experts_count, 1)), WIDTH);
+        long tasks = share(share(D, at_least(width_D, wide)), threads) * threads;
+        width_D = at_least(width_D, share(share(D, tasks), GROUP) * GROUP);
+    }
+
+    static long claim(long &next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+
+    // Each thread knows its next task while it computes one, and fetches what that begins with.
     void run(const bf16 *x, const float *weights, bf16 *y, long T, long K, int threads) const {
-        long tasks_F = share(F, width_F), tasks_D = share(D, width_D), R = plan.first_E[E];
-        long tasks = plan.parts_count * tasks_F;
+        long tasks_F = plan.parts_count * share(F, width_F), tasks_D = share(D, width_D), R = plan.first_E[E];
+        long next_F = 0, next_D = 0;
 #pragma omp parallel num_threads(threads) if (R * F * D > SMALL)
         {
             Tiles tiles;
             tiles.rows(GROUP);
-#pragma omp for schedule(static)
-            for (long p = 0; p < plan.parts_count; p++) pack_part(x, plan.parts[p]);
-            // Static: who computes a task has fetched what it begins with.
-#pragma omp for schedule(static)
-            for (long task = 0; task < tasks; task++) {
-                long f = task % tasks_F * width_F;
-                const Plan::Part *after = task + 1 < tasks ? plan.parts + (task + 1) / tasks_F : nullptr;
-                hidden(plan.parts[task / tasks_F], f, at_most(F, f + width_F), after);
-            }
+            long task = claim(next_F);
+            before_hidden(task, 1).fetch(D / 2);
 #pragma omp for schedule(dynamic)
-            for (long task = 0; task < tasks_D; task++) {
+            for (long p = 0; p < plan.parts_count; p++) pack_part(x, plan.parts[p]);
+            for (long next; task < tasks_F; task = next) hidden(task, next = claim(next_F));
+            task = claim(next_D);
+            before_outputs(0, task * width_D, 1).fetch(F / 2);
+#pragma omp barrier
+            for (long next; task < tasks_D; task = next) {
                 long d = task * width_D, n = at_most(D - d, width_D);
                 float *own = out + R * d;
-                outputs(own, d, n);
+                outputs(own, d, n, (next = claim(next_D)) * width_D);
                 combine(own, weights, y, T, K, d, n);
             }
         }

@@ -6,7 +6,7 @@
 template <class L, class X = typename L::number>
 static int experts(L layer, const X *x, const int64_t *ids, const float *weights, X *y, char *room, long T, long K,
                    long at_once, int threads) {
-    long most = at_most(T, at_once) * K, in = layer.P * layer.D * long(sizeof(X)), out = layer.F * long(sizeof(X));
+    long most = at_most(T, at_once) * K;
     Plan &plan = layer.plan;
     take(plan.first_E, room, layer.E + 1);
     take(plan.parts, room, most);
@@ -18,8 +18,7 @@ static int experts(L layer, const X *x, const int64_t *ids, const float *weights
     for (long t = 0; t < T; t += at_once) {
         long own = at_most(T - t, at_once);
         plan.make(ids ? ids + t * K : nullptr, own, K, layer.E);
-        layer.width_F = columns(layer.F, plan.parts_count, in, in, threads);
-        layer.width_D = columns(layer.D, 1, at_least(plan.experts_count, 1) * out, out, threads);
+        layer.cut(threads);
         layer.run(x + t * layer.D, weights ? weights + t * K : nullptr, y + t * layer.D, own, K, threads);
     }
     return 0;

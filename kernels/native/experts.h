@@ -91,6 +91,13 @@ template <class X> struct Layer {
         take(out, room, most * D);
     }
 
+    // What a task of either phase is.
+    void cut(int threads) {
+        long in = P * D * long(sizeof(X)), after = F * long(sizeof(X));
+        width_F = columns(F, plan.parts_count, in, in, threads);
+        width_D = columns(D, 1, at_least(plan.experts_count, 1) * after, after, threads);
+    }
+
     // a[rows][f .. f + n] of one part.
     void hidden(const X *x, Plan::Part part, long f, long n) const {
         const X *w = w_in + (part.e * P * F + f) * D, *rows[STRIP];

@@ -23,11 +23,11 @@ static inline float first_lane(vec a) {
     return out[0];
 }
 
-// 2^x for x up to 127, to 1 ulp or so; exactly 1 for 0, exactly 0 for -125 and under. NaN stays NaN.
+// 2^x for x up to 127, to 1 ulp or so, but only nearly 0 between -127 and -126; exactly 1 for 0, exactly 0 for -127
+// and under. NaN stays NaN.
 static inline vec exp2(vec x) {
-    typedef int32_t ints __attribute__((vector_size(sizeof(vec))));
     const vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, which its low bits hold
-    x = larger(all(-125.0f), x);
+    x = larger(all(-127.0f), x);
     vec whole = add(x, magic);
     vec f = sub(x, sub(whole, magic));
     vec p = all(1.535336188319500e-4f);
@@ -37,9 +37,7 @@ static inline vec exp2(vec x) {
     p = fma(p, f, all(2.402264791363012e-1f));
     p = fma(p, f, all(6.931472028550421e-1f));
     p = fma(p, f, all(1.0f));
-    words scaled = bits_of(p) + (bits_of(whole) << 23);
-    ints small = (ints)(x.v <= all(-125.0f).v);
-    return as_vec(scaled & ~(words)small);
+    return as_vec(bits_of(p) + (bits_of(whole) << 23));  // 1 times 2^-127 has no bits left
 }
 
 static inline float exp2(float x) { return first_lane(exp2(all(x))); }
@@ -63,6 +61,29 @@ static inline float largest(vec a) {
     most = lanes[0];
     for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
     return most;
+#endif
+}
+
+// Whether a lane is larger than `bound`.
+static inline bool any_above(vec a, float bound) {
+#if COTERIE_AVX512
+    return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#else
+    return largest(a) > bound;
+#endif
+}
+
+// Two vectors in a row. What is subnormal may become 0.
+static inline void store_pair(float *p, vec a, vec b) {
+    store(p, a);
+    store(p + LANES, b);
+}
+static inline void store_pair(bf16 *p, vec a, vec b) {
+#if COTERIE_AVX512 && defined(__AVX512BF16__)
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
+#else
+    store(p, a);
+    store(p + LANES, b);
 #endif
 }
 

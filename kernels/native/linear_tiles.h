@@ -43,9 +43,9 @@ template <class Y> struct TiledLinear {
             long groups = g_end - g < 2 ? 1 : 2;
             for (long i = n; i < n_end; i += WIDE) {
                 long n0 = within(i), n1 = within(i + GROUP < n_end ? i + GROUP : i);
-                const bf16 *next[2] = {w + (i + WIDE) * K, w + (i + WIDE + GROUP) * K};
-                bool ahead = first && i + WIDE < n_end;
-                products(groups, w + n0 * K, w + n1 * K, K, packed + g * K / 2 * GROUP, out, ahead ? next : nullptr);
+                Ahead ahead;
+                if (first && i + WIDE < n_end) ahead = {w + (i + WIDE) * K, w + (i + WIDE + GROUP) * K, K, 1};
+                products(groups, w + n0 * K, w + n1 * K, K, packed + g * K / 2 * GROUP, out, ahead);
                 for (long j = 0; j < groups; j++) {
                     put(out + 2 * j * ANSWER, g + j, n0);
                     if (n1 != n0) put(out + (2 * j + 1) * ANSWER, g + j, n1);

@@ -68,7 +68,8 @@ static inline vec add(vec a, vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline vec sub(vec a, vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline vec mul(vec a, vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline vec div(vec a, vec b) { return {_mm512_div_ps(a.v, b.v)}; }
-static inline vec larger(vec a, vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline vec larger(vec a, vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where one is NaN
+static inline vec smaller(vec a, vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline vec fma(vec a, vec b, vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a b + c
 static inline vec keep(vec a, long n) { return {_mm512_maskz_mov_ps(first(n), a.v)}; }  // the other lanes 0
 
@@ -119,6 +120,7 @@ static inline vec sub(vec a, vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 static inline vec mul(vec a, vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 static inline vec div(vec a, vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline vec larger(vec a, vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline vec smaller(vec a, vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 static inline vec fma(vec a, vec b, vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static inline float sum(vec a) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -157,6 +159,10 @@ static inline vec mul(vec a, vec b) { return {a.v * b.v}; }
 static inline vec div(vec a, vec b) { return {a.v / b.v}; }
 static inline vec larger(vec a, vec b) {
     for (int i = 0; i < LANES; i++) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+static inline vec smaller(vec a, vec b) {
+    for (int i = 0; i < LANES; i++) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
     return a;
 }
 static inline vec fma(vec a, vec b, vec c) {

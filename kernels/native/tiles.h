@@ -12,7 +12,7 @@ constexpr long GROUP = 16;     // rows of x in a group, and of weights in a tile
 constexpr long STEP = 32;      // numbers along K in a tile
 constexpr long ANSWER = 256;   // numbers of a tile of answers: (16 rows of weights, 16 rows of x)
 
-#if COTERIE_AVX512 && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#if COTERIE_AVX512 && defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
 #define COTERIE_TILES 1
 #include <cstdlib>
 #include <sys/syscall.h>
@@ -41,7 +41,7 @@ struct Tiles {
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } shape;
         for (int i = 0; i < 6; i++) shape.rows[i] = uint8_t(count);
-        _tile_loadconfig(&shape);
+        asm volatile("ldtilecfg %0" ::"m"(shape));  // GCC's intrinsic owns up to reading the first 8 bytes alone
         shaped = count;
     }
     ~Tiles() {
@@ -58,13 +58,31 @@ static inline void pack(const bf16 *const *rows, long K, word *out) {
     }
 }
 
+// The first 16 rows of K numbers from each of two places, which products fetch while they compute: shared out evenly
+// over as many products as there are to come, so that memory and tiles work at the same time.
+struct Ahead {
+    const char *first = nullptr, *second = nullptr;
+    long left = 0, each = 0;  // lines of 64 bytes of either place: in all, and at a step
+
+    Ahead() = default;
+    Ahead(const bf16 *first, const bf16 *second, long K, long products)
+        : first((const char *)first), second((const char *)second), left(K / 2), each(share(GROUP, products)) {}
+
+    inline void fetch(long most) { most == GROUP && left >= GROUP ? some(GROUP) : some(left < most ? left : most); }
+
+    inline __attribute__((always_inline)) void some(long lines) {
+        for (long i = 0; i < lines; i++) {
+            _mm_prefetch(first + i * 64, _MM_HINT_T1);
+            _mm_prefetch(second + i * 64, _MM_HINT_T1);
+        }
+        first += lines * 64, second += lines * 64, left -= lines;
+    }
+};
+
 // out[g][i] = the answer of w_i, 16 rows of weights, and group g, for i of 0 and 1. Groups lie K / 2 * 16 words apart.
-// While it computes, the 16 rows from each of `next` are fetched; null: none.
 template <int G>
-static inline void products(const bf16 *w0, const bf16 *w1, long K, const word *x, float *out,
-                            const bf16 *const *next) {
+static inline void products(const bf16 *w0, const bf16 *w1, long K, const word *x, float *out, Ahead &ahead) {
     const word *y = x + K / 2 * GROUP;
-    const char *ahead0 = next ? (const char *)next[0] : nullptr, *ahead1 = next ? (const char *)next[1] : nullptr;
     asm volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
     _tile_zero(0);
     _tile_zero(1);
@@ -75,19 +93,15 @@ static inline void products(const bf16 *w0, const bf16 *w1, long K, const word *
     for (long k = 0; k < K; k += STEP) {
         _tile_loadd(4, w0 + k, K * 2);
         _tile_loadd(6, x + k / 2 * GROUP, 64);
-        _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(5, w1 + k, K * 2);
+        if (G == 2) _tile_loadd(7, y + k / 2 * GROUP, 64);
+        _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
         if (G == 2) {
-            _tile_loadd(7, y + k / 2 * GROUP, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
-        if (next)
-            for (long i = 0; i < GROUP; i++, ahead0 += 64, ahead1 += 64) {
-                _mm_prefetch(ahead0, _MM_HINT_T1);
-                _mm_prefetch(ahead1, _MM_HINT_T1);
-            }
+        ahead.fetch(ahead.each);
     }
     _tile_stored(0, out, 64);
     _tile_stored(1, out + ANSWER, 64);
@@ -99,8 +113,8 @@ static inline void products(const bf16 *w0, const bf16 *w1, long K, const word *
 
 // The same for one group or two.
 static inline void products(long groups, const bf16 *w0, const bf16 *w1, long K, const word *x, float *out,
-                            const bf16 *const *next) {
-    groups == 2 ? products<2>(w0, w1, K, x, out, next) : products<1>(w0, w1, K, x, out, next);
+                            Ahead &ahead) {
+    groups == 2 ? products<2>(w0, w1, K, x, out, ahead) : products<1>(w0, w1, K, x, out, ahead);
 }
 
 // An answer's first n rows of x as rows of 16 numbers: out[i * stride + j] = answer[j][i].
