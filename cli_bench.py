@@ -203,7 +203,20 @@ def placement(
     run(json=json, quick=quick, routes=routes, cluster=Cluster(nodes, ranks, slots), html=html)
 
 
-_ALL = (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts, placement)
+def moved(json: Path | None = None, quick: bool = False, netns: bool = False) -> None:
+    """Steps of a served model over 2 hosts of 2 ranks, with experts where they lie at first and as planned.
+
+    Args:
+        json: Write the rows there.
+        quick: Few repeats.
+        netns: Hosts are network namespaces with links of 1 ms and 1 Gbit/s between them (needs root).
+    """
+    from .benchmarks.moved import main as run
+
+    run(json, quick, netns)
+
+
+_ALL = (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts, placement, moved)
 BENCHES = {f.__name__: f for f in _ALL}
 
 
