@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..infer.config import EngineConfig
+from ..infer.config import EngineConfig, Exchange
 from ..infer.engine import Engine
 from ..infer.moving import pack_pieces, pack_slots
 from ..infer.placement import Cluster, Placement
@@ -126,7 +126,7 @@ def prompts(seed: int) -> list[list[int]]:
     return words.tolist()
 
 
-def worker(out: Path, where: str, folder: str, way: str, repeats: int) -> None:
+def worker(out: Path, where: str, folder: str, way: Exchange, repeats: int) -> None:
     """One rank; the first writes."""
     ranks = init_ranks("cpu")
     torch.set_num_threads(1)
@@ -229,7 +229,7 @@ if __name__ == "__main__":
     parser.add_argument("--worker", type=Path, required=True)
     parser.add_argument("--where", default="")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--way", required=True)
+    parser.add_argument("--way", required=True, choices=WAYS)
     parser.add_argument("--repeats", type=int, default=1)
     given = parser.parse_args()
     worker(given.worker, given.where, given.model, given.way, given.repeats)

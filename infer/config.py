@@ -10,6 +10,7 @@ from .step import Policy
 
 KVDType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 DType = Literal["float32", "bfloat16", "float16"]
+Exchange = Literal["auto", "gathered", "flat", "hierarchical", "deduplicated"]
 
 _AT_LEAST = {
     "block_size": 1,
@@ -83,7 +84,7 @@ class EngineConfig:
     """Ranks that share a layer's experts out; a layer with fewer experts takes as many."""
     etp: int = 1
     """Ranks that hold slices of the same experts."""
-    exchange: str = "auto"
+    exchange: Exchange = "auto"
     """How tokens reach experts on other ranks: gathered (every rank gets all tokens), flat, hierarchical or
     deduplicated (all-to-all); auto: what is fastest for each size of step, measured at the start."""
     spare_experts: int = 0
@@ -105,7 +106,7 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}: give a whole number of {least} or more")
-        for name, choices in (("policy", Policy), ("kv_dtype", KVDType)):
+        for name, choices in (("policy", Policy), ("kv_dtype", KVDType), ("exchange", Exchange)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(choices))}")
         if self.dtype is not None and self.dtype not in get_args(DType):

@@ -19,7 +19,7 @@ from ..parallel.collectives import all_reduce_max
 from ..parallel.exchange_dedup import EXCHANGES
 from ..parallel.exchange_replicas import Replicas
 from ..parallel.mesh import Mesh
-from .dispatch import Coordinated, Dispatch, Finish, LocalDispatch, RunExperts
+from .dispatch import Coordinated, Dispatch, Finish, LocalDispatch
 from .exchanging import Dispatchers, Exchanging
 from .gate import Gate, Routing
 from .gathered import Gathered, Own, Placed, Summed, Turn
@@ -43,9 +43,6 @@ class BySize:
     def name(self) -> str:
         """The way of the pass under way."""
         return self._names[bisect_left(self._ends, max(self.turn.lanes, default=0))]
-
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
-        return self.start(x_TD, routing)(experts)
 
     def start(self, x_TD: Tensor, routing: Routing) -> Finish:
         """Sends the rows on their way."""
@@ -108,7 +105,7 @@ class Serving:
         ways = {name: self._way(name, gate, own, members) for name in self._names(degrees.ep, gate)}
         key = gate.num_experts, gate.top_k, gate.weight.shape[1]
         if key not in self._best:
-            self._best[key] = _fastest(ways, gate, self.turn, self._at(dtype))
+            self._best[key] = _fastest(ways, gate, self.turn, torch.device(self.mesh.device_type), dtype)
             told = ", ".join(f"{size}: {name}" for size, name in self._best[key].items())
             if len(ways) > 1:
                 log.info(f"{gate.num_experts} experts on {len(members)} ranks, tokens of a lane: {told}")
@@ -156,37 +153,36 @@ class Serving:
             self._groups[members] = group
         return self._groups[members]
 
-    def _at(self, dtype: torch.dtype) -> dict[str, torch.device | torch.dtype]:
-        return {"device": torch.device(self.mesh.device_type), "dtype": dtype}
-
 
 @torch.inference_mode()
-def _fastest(ways: Mapping[str, Dispatch], gate: Gate, turn: Turn, at: Mapping[str, object]) -> dict[int, str]:
+def _fastest(
+    ways: Mapping[str, Dispatch], gate: Gate, turn: Turn, device: torch.device, dtype: torch.dtype
+) -> dict[int, str]:
     """The way for each of SIZES: what the slowest rank took, with experts that cost nothing."""
-    if len(ways) == 1:
-        return dict.fromkeys(SIZES, next(iter(ways)))
-    lanes = dist.get_world_size() // turn.tp
-    seconds = {}
-    for size in SIZES:
-        turn.begin([size] * lanes)
-        runs = {name: _trip(way, gate, size, at) for name, way in ways.items()}
-        taken: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(_REPEATS + 1):
-            for name, run in runs.items():
-                taken[name].append(_time(run, at["device"]))  # type: ignore[arg-type]
-        medians = torch.tensor([statistics.median(taken[name][1:]) for name in ways], dtype=torch.float64)
-        seconds[size] = all_reduce_max(medians.to(at["device"])).tolist()  # type: ignore[arg-type]
     names = list(ways)
-    return {size: names[taken.index(min(taken))] for size, taken in seconds.items()}
+    if len(names) == 1:
+        return dict.fromkeys(SIZES, names[0])
+    best = {}
+    for size in SIZES:
+        turn.begin([size] * (dist.get_world_size() // turn.tp))
+        x_TD = torch.zeros(size, gate.weight.shape[1], device=device, dtype=dtype)
+        runs = [_trip(way, gate, x_TD) for way in ways.values()]
+        taken: list[list[float]] = [[] for _ in names]
+        for _ in range(_REPEATS + 1):
+            for run, seconds in zip(runs, taken, strict=True):
+                seconds.append(_time(run, device))
+        medians = [statistics.median(seconds[1:]) for seconds in taken]
+        slowest = all_reduce_max(torch.tensor(medians, dtype=torch.float64).to(device)).tolist()
+        best[size] = names[slowest.index(min(slowest))]
+    return best
 
 
-def _trip(way: Dispatch, gate: Gate, tokens: int, at: Mapping[str, object]) -> Callable[[], object]:
+def _trip(way: Dispatch, gate: Gate, x_TD: Tensor) -> Callable[[], object]:
     """A layer's way there and back with even routing, the same for all that hold the same tokens."""
-    generator = torch.Generator().manual_seed(tokens)
-    scores_TE = torch.rand(tokens, gate.num_experts, generator=generator)
-    ids_TK = scores_TE.topk(gate.top_k).indices.to(at["device"])  # type: ignore[arg-type]
-    x_TD = torch.zeros(tokens, gate.weight.shape[1], **at)  # type: ignore[arg-type]
-    routing = Routing(ids_TK, ids_TK, torch.ones_like(ids_TK, dtype=torch.float32), *[None] * 3)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(len(x_TD))
+    ids_TK = torch.rand(len(x_TD), gate.num_experts, generator=generator).topk(gate.top_k).indices.to(x_TD.device)
+    weights_TK = torch.ones_like(ids_TK, dtype=torch.float32)
+    routing = Routing(ids_TK, ids_TK, weights_TK, *[None] * 3)  # type: ignore[arg-type]
     return lambda: way.start(x_TD, routing)(lambda rows_RD, *_, **__: rows_RD)
 
 

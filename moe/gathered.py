@@ -112,9 +112,6 @@ class Summed:
     def __init__(self, own: Own) -> None:
         self.own = own
 
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
-        return self.start(x_TD, routing)(experts)
-
     def start(self, x_TD: Tensor, routing: Routing) -> Finish:
         """Nothing travels before the experts."""
         shares_T = torch.arange(len(x_TD), device=x_TD.device) % self.own.shares  # copies of an expert take turns
@@ -133,9 +130,6 @@ class Gathered:
     def __init__(self, own: Own, turn: Turn) -> None:
         self.own, self.turn = own, turn
         self._members = dist.get_process_group_ranks(own.group)
-
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: RunExperts) -> Tensor:
-        return self.start(x_TD, routing)(experts)
 
     def start(self, x_TD: Tensor, routing: Routing) -> Finish:
         """Gathers; the experts compute when all is there.

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import engines
 import pytest
 import torch
 from ranks import Pool
 
-from coterie.infer.config import EngineConfig
+from coterie.infer.config import EngineConfig, Exchange
 from coterie.infer.engine import Engine
 from coterie.infer.ranks import follow
 from coterie.models.weights import save_model
+from coterie.moe.by_size import WAYS, BySize
+from coterie.moe.gate import Routing
+from coterie.moe.gathered import Gathered, Own, Turn
 from coterie.parallel.launch import Ranks
 
 pytestmark = pytest.mark.timeout(300)
@@ -221,6 +225,53 @@ def test_several_ranks_are_not_forgotten(directory: Path) -> None:
         Engine.open(directory, _settings(ep=2))
 
 
-def test_an_exchange_that_is_none_is_refused(directory: Path, pools: dict[int, Pool]) -> None:
-    with pytest.raises(AssertionError, match="exchange 'wild' is not one of auto, gathered, flat"):
-        pools[2].run(_serve, str(directory), {"ep": 2, "exchange": "wild"}, "tokens", 1)
+def test_an_exchange_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="exchange 'wild' is not one of auto, gathered, flat"):
+        _settings(exchange="wild")
+    assert get_args(Exchange) == ("auto", *WAYS)
+
+
+def _wrong(rank: int, world: int) -> list[str]:
+    """What is said of wrong tokens and wrong placements."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    turn, own, told = Turn(), Own(group, 4), []
+    ids_TK = torch.zeros(3, 1, dtype=torch.int64)
+    routing = Routing(ids_TK, ids_TK, torch.ones(3, 1), *[None] * 3)  # type: ignore[arg-type]
+    turn.begin([3, 2])
+    wrong = torch.zeros(2 if rank == 0 else 3, 8)
+    for call in (
+        lambda: Gathered(own, turn).start(wrong, routing),
+        lambda: own.place(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 0, 1, 0], [0, 0, 1, 1]])),
+        lambda: Own(group, 3),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def test_what_ranks_would_not_agree_on_is_told(pools: dict[int, Pool]) -> None:
+    for tokens, told in zip((2, 3), pools[2].run(_wrong), strict=True):
+        assert told == [
+            f"{tokens} tokens came to a layer, but all ranks were told [3, 2]",
+            "a share is to compute an expert that it does not hold",
+            "3 experts in 1 slices do not spread evenly over 2 ranks",
+        ]
+
+
+def test_the_way_follows_the_fullest_lane() -> None:
+    turn, used = Turn(), []
+    ways = {name: SimpleNamespace(start=lambda x, r, name=name: used.append(name)) for name in ("gathered", "flat")}
+    by_size = BySize(ways, turn, {1: "gathered", 16: "gathered", 64: "flat", 256: "gathered"})
+    for lanes in ((1, 0), (31, 2), (0, 33), (5, 127), (129, 0), (5000, 5000)):
+        turn.begin(lanes)
+        by_size.start(torch.zeros(0), None)  # type: ignore[arg-type]
+    assert used == ["gathered", "gathered", "flat", "flat", "gathered", "gathered"]
+
+
+def test_a_turn_shares_a_lanes_tokens_out() -> None:
+    turn = Turn(tp=2)
+    turn.begin([5, 0, 1])
+    assert turn.tokens == (3, 2, 0, 0, 1, 0)
