@@ -72,6 +72,18 @@ def test_a_window_hides_what_is_far_back(path: str, window: int) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("scale", [0.3, 1.0, 20.0])
+def test_scores_that_grow_from_tile_to_tile(path: str, scale: float) -> None:
+    """By less and by more than what makes the kernel take another largest score."""
+    for dtype in (torch.float32, torch.bfloat16):
+        steps = Steps([(300, 300), (450, 1), (200, 5)], kind=dtype, dtype=dtype)
+        for k in steps.k:
+            k.mul_(torch.linspace(0, 1, len(k))[:, None, None])
+        steps.earlier()
+        assert_close_rms(run(steps, path, scale=scale), steps.expected(steps.last, scale=scale), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("window", [0, 20])
 def test_sinks_take_their_share(path: str, window: int) -> None:
     steps = Steps(MIXES["mixed"])
