@@ -40,8 +40,9 @@ def serve(
     """
     from .serve.settings import load_keys
 
-    if replicas < 1 or ranks < 0:
-        raise ValueError(f"replicas is {replicas} and ranks is {ranks}: give 1 or more")
+    for name, value, least in (("replicas", replicas, 1), ("ranks", ranks, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}: give 1 or more")
     if (replicas > 1 or ray) and (ranks > 1 or engine.least_ranks > 1):
         raise ValueError("each replica is one process: give replicas, or ranks with tp, ep and etp, not both")
     if server.record and (ray or replicas > 1):

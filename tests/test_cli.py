@@ -94,7 +94,7 @@ def test_help_lists_every_command_and_no_other(capsys) -> None:
         (
             ["placement", "--routes", "f", "--nodes", "3"],
             "placement.main",
-            {"json": None, "quick": False, "routes": Path("f"), "cluster": Cluster(3, 4, 9)},
+            {"json": None, "quick": False, "routes": Path("f"), "cluster": Cluster(3, 4, 9), "html": None},
         ),
     ],
 )
