@@ -201,7 +201,18 @@ def placement(
     run(json=json, quick=quick, routes=routes, cluster=Cluster(nodes, ranks, slots))
 
 
-_ALL = (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts, placement)
+def latency(json: Path | None = None) -> None:
+    """Print DeepSpeed-MoE's latency table on paper, beside what it says: nothing is measured.
+
+    Args:
+        json: Write the tidy rows here too.
+    """
+    from .benchmarks.latency import main as run
+
+    run(json=json)
+
+
+_ALL = (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts, placement, latency)
 BENCHES = {f.__name__: f for f in _ALL}
 
 
