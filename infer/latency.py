@@ -136,7 +136,9 @@ def predict(
         chances = [np.full(count, config.moe.top_k / count) for count in visits]
     if [len(chances_E) for chances_E in chances] != visits:
         raise ValueError(f"chances are wanted for MoE layers of {visits} experts, in this order")
-    moes = [_moe(config, layout, pace, served, chances_E) for chances_E in chances]
+    alike = {chances_E.tobytes(): chances_E for chances_E in chances}
+    known = {key: _moe(config, layout, pace, served, chances_E) for key, chances_E in alike.items()}
+    moes = [known[chances_E.tobytes()] for chances_E in chances]
     dense = config.layers - len(visits)
     attention = Part().plus(*[_attention(config, layout, pace, served)] * config.layers)
     return Step(

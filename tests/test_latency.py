@@ -102,6 +102,8 @@ def test_ranks_of_a_lane_share_its_tokens_and_slices_their_rows() -> None:
     assert {name: ways[name] - lane - slices for name in plain} == pytest.approx(plain)
     apart = predict(tiny(), layout, PACE, asked)
     assert apart.experts.exchange == min(ways.values())
+    rows = 4 * 4 / 4  # of four lanes' tokens over four shares of one expert each
+    assert apart.experts.flops == 2 * (rows * 256 / 2 + 4 * 4 * 8)
     assert apart.ways == (min(ways, key=lambda name: ways[name]),)
 
 
@@ -128,16 +130,16 @@ def test_loads_against_drawn_routes(power: float) -> None:
     rng = np.random.default_rng(0)
     weights = 1 / np.arange(1, 65) ** power
     drawn = np.stack(
-        [(np.log(weights) + rng.gumbel(size=(4000, 16, 64)))[:, t].argsort(1)[:, -4:] for t in range(16)], 1
+        [(np.log(weights) + rng.gumbel(size=(2000, 16, 64)))[:, t].argsort(1)[:, -4:] for t in range(16)], 1
     )
-    hit_SE = np.zeros((4000, 64), bool)
-    np.put_along_axis(hit_SE, drawn.reshape(4000, -1), True, 1)
-    chances_E = np.bincount(drawn.ravel(), minlength=64) / (4000 * 16)
-    read_SP = hit_SE.reshape(4000, 8, 8).sum(2)
+    hit_SE = np.zeros((2000, 64), bool)
+    np.put_along_axis(hit_SE, drawn.reshape(2000, -1), True, 1)
+    chances_E = np.bincount(drawn.ravel(), minlength=64) / (2000 * 16)
+    read_SP = hit_SE.reshape(2000, 8, 8).sum(2)
     load = loads(chances_E, 16, 8)
     assert load.mean == pytest.approx(read_SP.mean(), rel=0.01)
     assert load.busiest == pytest.approx(read_SP.max(1).mean(), rel=0.04)
-    assert load.rows == pytest.approx(16 * chances_E[:8].sum() if power else 16 * 4 / 8, rel=0.02)
+    assert load.rows == pytest.approx(16 * chances_E[:8].sum() if power else 16 * 4 / 8, rel=0.04)
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 40), st.integers(0, 2**32 - 1))
