@@ -184,6 +184,7 @@ def placement(
     nodes: int = 2,
     ranks: int = 4,
     slots: int = 9,
+    html: Path | None = None,
 ) -> None:
     """Compare the placement of experts with DeepSeek's EPLB, round robin and the optimum, out of window.
 
@@ -194,11 +195,12 @@ def placement(
         nodes: With --routes: nodes of the cluster.
         ranks: With --routes: ranks of a node.
         slots: With --routes: experts of a layer that a rank holds.
+        html: With --routes: write a page with heat maps of the load before and after the plan, and what it gains.
     """
     from .benchmarks.placement import main as run
     from .infer.placement import Cluster
 
-    run(json=json, quick=quick, routes=routes, cluster=Cluster(nodes, ranks, slots))
+    run(json=json, quick=quick, routes=routes, cluster=Cluster(nodes, ranks, slots), html=html)
 
 
 def latency(json: Path | None = None) -> None:
@@ -212,7 +214,35 @@ def latency(json: Path | None = None) -> None:
     run(json=json)
 
 
-_ALL = (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts, placement, latency)
+def moved(json: Path | None = None, quick: bool = False, netns: bool = False) -> None:
+    """Steps of a served model over 2 hosts of 2 ranks, with experts where they lie at first and as planned.
+
+    Args:
+        json: Write the rows there.
+        quick: Few repeats.
+        netns: Hosts are network namespaces with links of 1 ms and 1 Gbit/s between them (needs root).
+    """
+    from .benchmarks.moved import main as run
+
+    run(json, quick, netns)
+
+
+_ALL = (
+    layer,
+    train,
+    alltoall,
+    layouts,
+    plan,
+    load,
+    serve,
+    decode,
+    policies,
+    soak,
+    experts,
+    placement,
+    moved,
+    latency,
+)
 BENCHES = {f.__name__: f for f in _ALL}
 
 

@@ -44,6 +44,10 @@ def serve(
         raise ValueError(f"replicas is {replicas} and ranks is {ranks}: give 1 or more")
     if (replicas > 1 or ray) and (ranks > 1 or engine.least_ranks > 1):
         raise ValueError("each replica is one process: give replicas, or ranks with tp, ep and etp, not both")
+    if server.record and (ray or replicas > 1):
+        raise ValueError(
+            "record names one process's file: record without replicas, or start each at a port of its own"
+        )
     load_keys(server)  # what is wrong with the keys is told before the model is loaded
     try:
         run = _several(replicas, ray) if ray or replicas > 1 else _one(ranks or engine.least_ranks)

@@ -23,6 +23,8 @@ from ..infer.placement_score import DECODE, PREFILL, Aim, crossings, rank_activa
 from ..infer.replicas import spread
 from ..infer.routes import Routes, load
 from .placement_exact import exact
+from .placement_page import Part
+from .placement_page import write as write_page
 from .placement_peers import dealt_activated, dealt_targets, eplb
 from .placement_routes import Kind, Source
 from .rows import Row, show, write
@@ -106,12 +108,17 @@ def contenders(window: Routes, cluster: Cluster, aim: Aim) -> Iterator[tuple[str
 
 def judged(case: str, routes: Routes, cluster: Cluster, aim: Aim) -> list[Row]:
     """The rows of one recording: planned on its first half, judged on its second."""
+    return _judged(case, routes, cluster, aim)[0]
+
+
+def _judged(case: str, routes: Routes, cluster: Cluster, aim: Aim) -> tuple[list[Row], Routes, dict[str, Contender]]:
     half = len(routes) // 2
+    found, unseen = dict(contenders(routes.part(slice(0, half)), cluster, aim)), routes.part(slice(half, None))
     rows = []
-    for name, contender in contenders(routes.part(slice(0, half)), cluster, aim):
-        told = contender.numbers(routes.part(slice(half, None)), cluster.nodes)
+    for name, contender in found.items():
+        told = contender.numbers(unseen, cluster.nodes)
         rows += [Row(BENCH, case, name, metric, value, UNITS[metric]) for metric, value in told.items()]
-    return rows
+    return rows, unseen, found
 
 
 def synthetic(shape: Shape, quick: bool) -> Iterator[Row]:
@@ -125,13 +132,19 @@ def synthetic(shape: Shape, quick: bool) -> Iterator[Row]:
                 yield from judged(f"{part}, {shape.name}, zipf {zipf} {kind}", source.routes(), shape.cluster, aim)
 
 
-def recorded(path: Path, cluster: Cluster) -> Iterator[Row]:
-    """Steps without prompts are judged as decodes, those with some as prefill."""
-    routes = load(path)
+def recorded(path: Path, cluster: Cluster, page: Path | None = None) -> Iterator[Row]:
+    """Steps without prompts are judged as decodes, those with some as prefill; drawn on `page`."""
+    routes, parts = load(path), []
     for part, aim in AIMS.items():
         some = routes.part((routes.prompts_S > 0) == (part == "prefill"))
         if len(some) >= 2:
-            yield from judged(f"{part}, {path.name}", some, cluster, aim)
+            rows, unseen, found = _judged(f"{part}, {path.name}", some, cluster, aim)
+            parts.append(Part(part, unseen, found["round robin"].copies_LRE, found["coterie"].copies_LRE, rows))
+            yield from rows
+    if not parts:
+        raise ValueError(f"{path} has too few steps to plan on one half of them and judge on the other")
+    if page is not None:
+        write_page(page, path.name, cluster, parts)
 
 
 def solved(quick: bool, seconds: float = 20.0) -> Iterator[Row]:
@@ -191,7 +204,11 @@ def summary(rows: list[Row]) -> list[Row]:
 
 
 def main(
-    json: str | Path | None = None, quick: bool = False, routes: Path | None = None, cluster: Cluster | None = None
+    json: str | Path | None = None,
+    quick: bool = False,
+    routes: Path | None = None,
+    cluster: Cluster | None = None,
+    html: Path | None = None,
 ) -> list[Row]:
     """Runs all of it, shows the summary, and writes the rows to `json`, after each part.
 
@@ -199,10 +216,13 @@ def main(
         quick: one shape, few steps.
         routes: a recorded file, judged in place of all else.
         cluster: where its experts go.
+        html: a page about it.
     """
+    if html is not None and routes is None:
+        raise ValueError("the page is of recorded routes: give their file too")
     rows: list[Row] = []
     if routes is not None:
-        rows += recorded(routes, cluster or Cluster(2, 4, 9))
+        rows += recorded(routes, cluster or Cluster(2, 4, 9), html)
     else:
         parts = [synthetic(shape, quick) for shape in (SHAPES[1:2] if quick else SHAPES)]
         for part in (solved(quick), *parts, plan_times(quick)):  # the first needs scipy, and says so at once

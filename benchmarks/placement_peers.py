@@ -12,6 +12,8 @@ A rank may get two copies of one expert. Tokens of an expert are dealt to its co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 
@@ -55,11 +57,14 @@ def pack(weights_W: np.ndarray, packs: int) -> np.ndarray:
 
 def dealt_activated(loads_SE: np.ndarray, copies_RE: np.ndarray) -> np.ndarray:
     """Copies (S, R) that are read when an expert's tokens are dealt to its copies in turn: the first of them."""
-    read_SR = np.zeros((len(loads_SE), len(copies_RE)), np.int64)
+    return np.stack([read_SE.sum(1) for read_SE in dealt(loads_SE, copies_RE)], 1)
+
+
+def dealt(loads_SE: np.ndarray, copies_RE: np.ndarray) -> Iterator[np.ndarray]:
+    """The same for each rank, by expert (S, E)."""
     before_RE = copies_RE.cumsum(0) - copies_RE
-    for rank in range(len(copies_RE)):
-        read_SR[:, rank] = np.clip(loads_SE.astype(np.int64) - before_RE[rank], 0, copies_RE[rank]).sum(1)
-    return read_SR
+    for before_E, copies_E in zip(before_RE, copies_RE, strict=True):
+        yield np.clip(loads_SE.astype(np.int64) - before_E, 0, copies_E)
 
 
 def dealt_targets(copies_RE: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ class Core:
 
     Attributes:
         lock: held while the scheduler is told or asked, never while the model runs or a client is told.
-        hooks: called after each step.
+        hooks: called after each step, and of how many of its tokens each wants the choices.
         drafter: what guesses tokens ahead, None for nothing.
         times: of steps, where they were measured for the budget.
         budget: tokens of a step under splitfuse.
@@ -73,7 +73,7 @@ class Core:
         settings = self._settings(model, most, max_model_len, eos_ids)
         self.scheduler = Scheduler(settings, self.pool) if len(pools) == 1 else Lanes(settings, pools)
         self.lock = threading.RLock()
-        self.hooks: tuple[Hook, ...] = ()
+        self.hooks: dict[Hook, int] = {}
         self.live: dict[Key, Live] = {}
         self._states, self._guesses = dict[Key, SampleState](), dict[Key, Guess]()
         self._flight: Step | None = None
@@ -175,7 +175,8 @@ class Core:
                 self._deliver()
                 return Ran()
             self._guarded(lambda drafter: drafter.follow(step))
-            end = self.runner.start(step, self._states, guesses=self._guesses, loads=loads)
+            sampled = max(self.hooks.values(), default=0)
+            end = self.runner.start(step, self._states, guesses=self._guesses, loads=loads, sampled=sampled)
             self._deliver()
             ran = end()
         except Exception:
@@ -294,6 +295,7 @@ class Core:
                 accepted=ran.accepted,
                 loads=ran.loads,
                 roofline=read / seconds / runner.memory_rate if runner.memory_rate else 0.0,
+                routes_LMK=ran.routes_LMK,
             )
 
         return report

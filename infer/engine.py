@@ -196,15 +196,19 @@ class Engine:
         aborts, self._aborts = self._aborts, set()
         return aborts
 
-    def watch(self, hook: Hook) -> Callable[[], None]:
-        """Calls `hook` after each step, on the engine's thread; what is returned ends that."""
+    def watch(self, hook: Hook, *, sampled: int = 0) -> Callable[[], None]:
+        """Calls `hook` after each step, on the engine's thread; what is returned ends that.
+
+        Args:
+            sampled: tokens of a step whose choices its report should tell, where there are so many.
+        """
         core = self.core
         with core.lock:
-            core.hooks = (*core.hooks, hook)
+            core.hooks = {**core.hooks, hook: sampled}
 
         def unwatch() -> None:
             with core.lock:
-                core.hooks = tuple(one for one in core.hooks if one is not hook)
+                core.hooks = {one: count for one, count in core.hooks.items() if one != hook}
 
         return unwatch
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from .request import FinishReason, Key
 
 
@@ -80,6 +82,9 @@ class StepReport:
     roofline: float
     """Bytes that had to be read (weights of the dense layers and of the experts really visited, keys and values)
     over seconds, as a fraction of the measured memory rate; 0 where that was not measured."""
+    routes_LMK: np.ndarray | None = None
+    """Per MoE layer the choices of some of the step's tokens, the heaviest first: as many tokens as who watches asked
+    for."""
 
     @property
     def distinct(self) -> tuple[int, ...]:

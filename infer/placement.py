@@ -63,6 +63,8 @@ class Cluster:
                 f"layers of {_short(experts)} experts need {max(least)} slots and {sum(least)} copies on each of "
                 f"{self.world} ranks, and there are {self.slots} and {left}: use more ranks or give them more memory"
             )
+        if left >= sum(most):
+            return tuple(most)
         given, left = list(least), left - sum(least)
         skew = [0.0] * len(least) if skew is None else list(skew)
         while left and (open_ := [i for i, n in enumerate(given) if n < most[i]]):

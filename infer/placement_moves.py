@@ -8,6 +8,8 @@ No torch.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from .placement import Placement, moved
@@ -44,14 +46,21 @@ def follow(placement: Placement, transitions_LEE: np.ndarray) -> Placement:
 def match(worth_BXX: np.ndarray) -> np.ndarray:
     """A column (B, X) for each row, each one once: the worthiest pair first, and so on. Ties take the lowest."""
     B, X, _ = worth_BXX.shape
-    left, rows = worth_BXX.astype(np.float64).reshape(B, X * X), np.arange(B)
+    left, rows = worth_BXX.astype(np.float32).reshape(B, X * X), np.arange(B)
+    x_P, y_P, gone_PP = _taken(X)
     out_BX = np.zeros((B, X), np.int64)
     for _ in range(X):
-        x_B, y_B = np.divmod(left.argmax(1), X)
-        out_BX[rows, x_B] = y_B
-        square = left.reshape(B, X, X)
-        square[rows, x_B] = square[rows, :, y_B] = -np.inf
+        p_B = left.argmax(1)
+        out_BX[rows, x_P[p_B]] = y_P[p_B]
+        left += gone_PP[p_B]
     return out_BX
+
+
+@lru_cache(maxsize=8)
+def _taken(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each pair its row and column, and what it takes with it, with minus infinity: all pairs of either."""
+    x_P, y_P = np.divmod(np.arange(size * size), size)
+    return x_P, y_P, np.where((x_P == x_P[:, None]) | (y_P == y_P[:, None]), -np.inf, 0.0).astype(np.float32)
 
 
 def adopt(

@@ -28,8 +28,12 @@ from .placement_score import PREFILL, Aim, costs
 from .placement_search import Bonds, search, trade
 from .routes import Routes
 
-STEPS = 32
-"""Steps that the search looks at, spread evenly over those recorded."""
+STEPS, MOST_STEPS, NUMBERS = 32, 128, 1 << 19
+"""Steps that are looked at, spread evenly over those recorded: as many as have so many loads, within these bounds.
+Loads of small steps are mostly chance, and what a search finds in 32 of them does not last."""
+APART = 4.0
+"""What it costs that experts which meet are on one rank, by how much the work of a step grows: more than once, as the
+fullest rank is where most of them meet."""
 _FULL = 1e9
 """Worse than any place with room."""
 
@@ -84,23 +88,26 @@ def work_of(loads_SLE: np.ndarray, ranks: int, aim: Aim) -> np.ndarray:
 
 def _plan(routes: Routes, cluster: Cluster, room: int, aim: Aim) -> np.ndarray:
     N, G = cluster.nodes, cluster.ranks
-    chosen = np.unique(np.linspace(0, len(routes) - 1, STEPS).astype(int))
+    count = min(MOST_STEPS, max(STEPS, NUMBERS // routes.loads_SLE[0].size))
+    chosen = np.unique(np.linspace(0, len(routes) - 1, count).astype(int))
     work_LSE = work_of(routes.loads_SLE[chosen], N * G, aim)
     mean_LE = work_LSE.mean(1)
     copies_LE = replicate(mean_LE, N * G * room, N * G)
     work_LSE /= copies_LE[:, None]
     share_LE = mean_LE / copies_LE
-    bonds = Bonds(routes.pairs_LEE, copies_LE, N, aim.crossings) if aim.crossings and N > 1 else None
+    bonds = Bonds(routes, copies_LE, N, aim.crossings) if aim.crossings and N > 1 else None
     members_LNJ = to_nodes(items(copies_LE, share_LE), share_LE, N, G, bonds)
     if bonds is not None:
         trade(members_LNJ, share_LE, bonds, G)
-    slots_LRC = to_ranks(members_LNJ, share_LE, G)
+    met = (routes.pairs_LEE, meeting(routes, chosen, N * G, aim)) if aim.activated and G > 1 else None
+    slots_LRC = to_ranks(members_LNJ, share_LE, G, met)
     if aim.tokens and N * G > 1:
         slots_LRC = search(slots_LRC, work_LSE, bonds, N)
-    if small(N * G, room, work_LSE.shape[2], len(chosen)):
+    few = chosen[:: -(-len(chosen) // STEPS)]
+    if small(N * G, room, work_LSE.shape[2], len(few)):
         for layer, slots_RC in enumerate(slots_LRC):
             pairs_EE = None if bonds is None else routes.pairs_LEE[layer]
-            slots_LRC[layer] = polish(slots_RC, routes.loads_SLE[chosen, layer], aim, pairs_EE, N)
+            slots_LRC[layer] = polish(slots_RC, routes.loads_SLE[few, layer], aim, pairs_EE, N)
     return slots_LRC
 
 
@@ -136,12 +143,13 @@ def to_nodes(items_LM: np.ndarray, share_LE: np.ndarray, nodes: int, ranks: int,
     members_LNJ = np.empty((L, nodes, M // nodes), np.int64)
     work_LN = np.zeros((L, nodes), np.float32)
     has_LNE = np.zeros((L, nodes, share_LE.shape[1]), bool)
+    first_LN1 = np.arange(L * nodes).reshape(L, nodes, 1) * share_LE.shape[1]
     for j in range(M // nodes):
         e_LN = items_LM[:, j * nodes : (j + 1) * nodes]
         share_LN = share_LE[rows_L1, e_LN]
         # Over all pairs, the sum of squares of the nodes' work falls the most.
         worth_LNN = -(work_LN[:, :, None] / ranks) * share_LN[:, None]
-        worth_LNN -= 1e3 * has_LNE[rows_L1[..., None], np.arange(nodes)[:, None], e_LN[:, None]]
+        worth_LNN -= 1e3 * has_LNE.take(first_LN1 + e_LN[:, None])
         if bonds is not None:
             worth_LNN += bonds.held(e_LN)
         e_LN = np.take_along_axis(e_LN, match(worth_LNN), 1)
@@ -153,8 +161,29 @@ def to_nodes(items_LM: np.ndarray, share_LE: np.ndarray, nodes: int, ranks: int,
     return members_LNJ
 
 
-def to_ranks(members_LNJ: np.ndarray, share_LE: np.ndarray, ranks: int) -> np.ndarray:
-    """Which copies each rank gets, (L, R, C): each to the rank of its node with the least work that has room."""
+def meeting(routes: Routes, chosen: np.ndarray, ranks: int, aim: Aim) -> np.ndarray:
+    """Factors (L, E): those of two experts x how often they met in the sample is the work that a rank holding both
+    has beyond that of two experts that meet by chance.
+
+    Both are active in a step because of one token, tokens x the pair's share of the sample, where neither is so for
+    another token's sake.
+    """
+    loads_SLE = routes.loads_SLE[chosen]
+    active_LE = (loads_SLE > 0).mean(0)
+    choices_L = loads_SLE.sum((0, 2)) / len(chosen)
+    each_L = APART * aim.activated * choices_L * (routes.tokens_SMLK.shape[3] - 1) / routes.pairs_L.clip(1)
+    each_L *= ranks / active_LE.sum(1).clip(1e-9)
+    return ((1 - active_LE) * np.sqrt(each_L)[:, None]).astype(np.float32)
+
+
+def to_ranks(
+    members_LNJ: np.ndarray, share_LE: np.ndarray, ranks: int, met: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
+    """Which copies each rank gets, (L, R, C): each to the rank of its node with the least work that has room.
+
+    Args:
+        met: how often two experts met (L, E, E), and `meeting`; None: that they meet costs nothing.
+    """
     L, N, J = members_LNJ.shape
     room = J // ranks
     flat_BJ = members_LNJ.reshape(L * N, J)  # B = L * N
@@ -163,15 +192,26 @@ def to_ranks(members_LNJ: np.ndarray, share_LE: np.ndarray, ranks: int) -> np.nd
     flat_BJ, share_BJ = np.take_along_axis(flat_BJ, order_BJ, 1), np.take_along_axis(share_BJ, order_BJ, 1)
     rows = np.arange(L * N)
     slots_BGC = np.full((L * N, ranks, room), -1, np.int64)
-    work_BG, used_BG = np.zeros((L * N, ranks), np.float32), np.zeros((L * N, ranks), np.int64)
+    bad_BG, used_BG = np.zeros((L * N, ranks), np.float32), np.zeros((L * N, ranks), np.int64)
+    E = share_LE.shape[1]
+    twin_BGE = np.zeros((L * N, ranks, E), np.float32)
+    factor_BGC = np.zeros(slots_BGC.shape, np.float32)
     for j in range(J):
         e_B = flat_BJ[:, j]
-        bad_BG = work_BG + 1e3 * (slots_BGC == e_B[:, None, None]).any(2)
-        bad_BG[used_BG == room] = _FULL
-        g_B = bad_BG.argmin(1)
-        slots_BGC[rows, g_B, used_BG[rows, g_B]] = e_B
-        work_BG[rows, g_B] += share_BJ[:, j]
-        used_BG[rows, g_B] += 1
+        worse_BG, factor_B = bad_BG + twin_BGE[rows, :, e_B], None
+        if met is not None:
+            at_B = rows // N * E + e_B
+            factor_B = met[1].take(at_B)
+            met_BGC = met[0].take(at_B[:, None, None] * E + slots_BGC)  # of an empty slot anything, with factor 0
+            worse_BG += np.einsum("bgc,bgc->bg", met_BGC, factor_BGC) * factor_B[:, None]
+        g_B = worse_BG.argmin(1)
+        used_B = used_BG[rows, g_B]
+        slots_BGC[rows, g_B, used_B] = e_B
+        if factor_B is not None:
+            factor_BGC[rows, g_B, used_B] = factor_B
+        used_BG[rows, g_B] = used_B + 1
+        bad_BG[rows, g_B] += share_BJ[:, j] + _FULL * (used_B == room - 1)
+        twin_BGE[rows, g_B, e_B] = 1e3
     slots_LRC = slots_BGC.reshape(L, N * ranks, room)
     _part_twins(slots_LRC)
     return slots_LRC

@@ -89,6 +89,11 @@ class Routes:
         return half + half.transpose(0, 2, 1)
 
     @cached_property
+    def pairs_L(self) -> np.ndarray:
+        """How many pairs met in each layer, each counted twice; float32."""
+        return self.pairs_LEE.sum((1, 2))
+
+    @cached_property
     def transitions_LEE(self) -> np.ndarray:
         """Entry l: how many sampled tokens had expert e first in layer l and f, anywhere, in layer l + 1; float32."""
         E, sample = self.loads_SLE.shape[2], self.sampled_LTK
@@ -125,6 +130,14 @@ class Recorder:
         self._kept = self._seen = 0
         self._stride = 1
 
+    def __len__(self) -> int:
+        return self._kept
+
+    @property
+    def bytes(self) -> int:
+        """Of what is kept."""
+        return sum(array[: self._kept].nbytes for array in (self._loads, self._tokens, self._prompts))
+
     @property
     def wanted(self) -> bool:
         """Whether the next step would be kept: where not, its numbers need not be fetched from a device."""
@@ -150,9 +163,8 @@ class Recorder:
         self._prompts[at] = prompts
         self._tokens[at] = -1
         if ids_LTK is not None and ids_LTK.shape[1]:
-            M, T = self._tokens.shape[1], ids_LTK.shape[1]
-            places = (np.arange(min(M, T)) * T + T // 2) // min(M, T)
-            self._tokens[at, : len(places), :, : ids_LTK.shape[2]] = ids_LTK[:, places].transpose(1, 0, 2)
+            some_LMK = ids_LTK[:, spread_places(ids_LTK.shape[1], self._tokens.shape[1])]
+            self._tokens[at, : some_LMK.shape[1], :, : some_LMK.shape[2]] = some_LMK.transpose(1, 0, 2)
 
     def _thin(self) -> None:
         self._kept //= 2
@@ -171,14 +183,28 @@ class Recorder:
         self._stride = 1
 
 
+def spread_places(tokens: int, most: int, turn: int | None = None) -> slice:
+    """Places of at most so many of a step's tokens, evenly spread. Sequences keep their places from step to step, so
+    `turn`, the step's number, moves the sample on; None: it is in the middle."""
+    count = max(1, min(tokens, most))
+    stride = max(1, tokens // count)
+    left = max(1, tokens - stride * (count - 1))
+    first = left // 2 if turn is None else turn % left
+    return slice(first, min(tokens, first + stride * count), stride)
+
+
 def save(routes: Routes, path: str | Path) -> None:
-    """Writes a safetensors file, whole or not at all, with loads in the smallest type that holds them."""
+    """Writes a safetensors file, whole or not at all, with loads in the smallest type that holds them. OSError: it
+    cannot be written."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     loads = routes.loads_SLE.astype(np.min_scalar_type(int(routes.loads_SLE.max(initial=0))))
     arrays = {"loads": loads, "tokens": routes.tokens_SMLK, "prompts": routes.prompts_S}
     arrays["experts"] = np.array(routes.experts, np.int32)
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata={"format": FORMAT})
+    try:
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata={"format": FORMAT})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
     os.replace(part, path)
 
 

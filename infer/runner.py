@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from .outputs import TokenLogprob
 from .paged import KVPool, PagedCache, sent
 from .prompt_logprobs import prompt_rows, read_prompt_rows
 from .request import Key
+from .routes import spread_places
 from .sample_state import GREEDY, SampleState
 from .sampling import Row, Sampled, SamplingBatch, sample_batch
 from .speculative import accept, accept_drawn
@@ -50,6 +52,8 @@ class Ran:
     """Of sequences that asked."""
     loads: tuple[tuple[int, ...], ...] = ()
     """Per MoE layer the assignments of each expert, where asked for."""
+    routes_LMK: np.ndarray | None = None
+    """The choices of some tokens, where asked for."""
     drafted: int = 0
     accepted: int = 0
 
@@ -96,9 +100,10 @@ class Runner:
         *,
         guesses: Mapping[Key, Guess] | None = None,
         loads: bool = False,
+        sampled: int = 0,
     ) -> Ran:
         """Computes a step: `start`, and its end."""
-        return self.start(step, states, guesses=guesses, loads=loads)()
+        return self.start(step, states, guesses=guesses, loads=loads, sampled=sampled)()
 
     @torch.inference_mode()
     def start(
@@ -108,6 +113,7 @@ class Runner:
         *,
         guesses: Mapping[Key, Guess] | None = None,
         loads: bool = False,
+        sampled: int = 0,
     ) -> Callable[[], Ran]:
         """Starts a step, and gives what waits for it: while a GPU computes, the host is free. Steps do not overlap.
 
@@ -116,16 +122,20 @@ class Runner:
             states: of its sequences; one that is missing is greedy.
             guesses: where the drafts of a slice came from; one that is missing was no random choice.
             loads: whether to count what each expert was asked for.
+            sampled: of how many tokens to tell the choices.
         """
         wanted = _wanted(step.slices, states or {}, guesses or {})
         prompts = prompt_rows(step.slices, states or {})
         rows = [at for one in wanted for at in range(one.at, one.at + one.count)]
         out = self._pass(
-            step, rows + [at for one in prompts for at in one.at], loads or any(one.state.routes for one in wanted)
+            step,
+            rows + [at for one in prompts for at in one.at],
+            loads or sampled > 0 or any(one.state.routes for one in wanted),
         )
         logits_RV, told_RV = out.logits_RV.tensor_split([len(rows)])
         read = _draw(logits_RV, wanted, out.routes) if wanted else None
         counts = self._count(out.routes) if loads else None
+        some_LMK = self._sample(out.routes, step, sampled) if sampled and out.routes else None
 
         def end() -> Ran:
             ran = Ran()
@@ -136,6 +146,8 @@ class Runner:
                     read(ran)
                 if counts is not None:
                     ran.loads = self._loads(counts)
+                if some_LMK is not None:
+                    ran.routes_LMK = some_LMK.cpu().numpy()
             return ran
 
         return end
@@ -163,6 +175,10 @@ class Runner:
         ids_A = (torch.stack(routes) + first_L11).flatten()
         counts = torch.zeros(most * len(routes), dtype=torch.int64, device=ids_A.device)
         return counts.scatter_add_(0, ids_A, torch.ones_like(ids_A))
+
+    def _sample(self, routes: tuple[Tensor, ...], step: Step, sampled: int) -> Tensor:
+        """The choices of some tokens, (L, M, K); nothing waits for the device."""
+        return torch.stack(routes)[:, spread_places(step.tokens, sampled, step.number)]
 
     def _loads(self, counts: Tensor) -> tuple[tuple[int, ...], ...]:
         experts = [moe.num_experts for moe in self.model.moe_layers]

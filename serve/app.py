@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..infer.recording import Recording
 from .chat_protocol import ChatRequest
 from .errors import ApiError, encode
 from .limits import Bodies, Life, Limits
@@ -49,13 +50,13 @@ def build(
         inside: a balancer stands before it and has checked keys and names.
 
     Raises:
-        ValueError: others could reach the server without a key, or the checkpoint's template files are damaged.
+        ValueError: others could reach it without a key, template files are damaged, or routes cannot be recorded.
     """
-    if keys is None:
-        keys = KeyRing([] if inside else load_keys(settings))
+    keys = KeyRing([] if inside else load_keys(settings)) if keys is None else keys
     templates = load_templates(folder, settings)
     engine.name = settings.model_name or engine.name
-    metrics = Metrics(engine)
+    recording = Recording(engine, settings.record) if settings.record else None
+    metrics = Metrics(engine, recording)
     service, life = Service(engine, settings, templates, metrics), Life(settings)
 
     @asynccontextmanager
@@ -63,8 +64,8 @@ def build(
         await templates.start()
         yield
         await templates.close()
-        service.close()
-        metrics.close()
+        for one in filter(None, (service, metrics, recording)):
+            one.close()
 
     app = FastAPI(title="coterie", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service, app.state.life = service, life

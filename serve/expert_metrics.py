@@ -13,6 +13,7 @@ from operator import add
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
 from ..infer.outputs import StepReport
+from ..infer.recording import Recording
 
 MOST_SERIES = 8192
 """Time series of one family; a model with more experts tells one sum a layer."""
@@ -134,6 +135,32 @@ class ExpertMetrics:
             if value is not None:
                 family.add_metric([self.model_name, str(layer)], value)
         return family
+
+
+class RecordingMetrics:
+    """What a recording has; a collector. Pairs and transitions of experts are too many for labels: they are in the
+    file."""
+
+    def __init__(self, model_name: str, recording: Recording) -> None:
+        self._label, self._recording = [model_name], recording
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing; see `ExpertMetrics`."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """The families."""
+        told = self._recording
+        for kind, name, about, value in (
+            (CounterMetricFamily, "recorded_steps", "Steps that the recording was told of.", told.steps),
+            (CounterMetricFamily, "recorded_tokens", "Tokens of these steps.", told.tokens),
+            (GaugeMetricFamily, "recorded_kept_steps", "Steps that it keeps, evenly spread over all.", told.kept),
+            (GaugeMetricFamily, "recorded_kept_bytes", "Memory of the steps that it keeps.", told.bytes),
+            (GaugeMetricFamily, "recorded_saved_steps", "Steps told of when its file was written.", told.saved),
+        ):
+            family = kind(f"coterie:{name}", about, labels=["model_name"])
+            family.add_metric(self._label, value)
+            yield family
 
 
 def entropy(loads_E: Sequence[int]) -> float | None:

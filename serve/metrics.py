@@ -17,6 +17,7 @@ from ..infer.request import FinishReason
 
 if TYPE_CHECKING:
     from ..infer.engine import Engine
+    from ..infer.recording import Recording
 
 MOST_RECORDS = 1 << 16
 """Requests under way that are remembered; the oldest gives way, so that one whose end is never told costs nothing."""
@@ -95,12 +96,12 @@ class Metrics:
         RuntimeError: prometheus-client is not installed.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, recording: Recording | None = None) -> None:
         try:
             import prometheus_client as prometheus
         except ImportError as error:
             raise RuntimeError("metrics need prometheus-client: pip install 'coterie[serve]'") from error
-        from .expert_metrics import ExpertMetrics
+        from .expert_metrics import ExpertMetrics, RecordingMetrics
 
         self._engine = engine
         self._registry = registry = prometheus.CollectorRegistry()
@@ -130,6 +131,8 @@ class Metrics:
         self._info(prometheus)
         self._experts = ExpertMetrics(engine.name)
         registry.register(self._experts)
+        if recording is not None:
+            registry.register(RecordingMetrics(engine.name, recording))
         prometheus.ProcessCollector(registry=registry)
         self._unwatch = engine.watch(self._step)
 

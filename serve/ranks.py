@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..infer.config import EngineConfig
+from ..infer.recording import check_path
 from ..models.fit import check_fit
 from ..models.hub import resolve
 from ..models.weights import read_config
@@ -37,6 +38,8 @@ def launch_ranks(model: Path, settings: ServerSettings, config: EngineConfig, ra
     from ..infer.open_model import model_folder
 
     config.check_ranks(ranks)
+    if settings.record:
+        check_path(settings.record)
     folder = model_folder(resolve(model))
     check_fit(read_config(folder), fill(ranks, tp=config.tp, ep=config.ep, etp=config.etp))
     keys = None if settings.keys_file is None else str(settings.keys_file)

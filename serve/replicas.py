@@ -151,6 +151,7 @@ class Replicas:
         inside = dataclasses.replace(
             settings,
             keys_file=None,
+            record="",
             allowed_hosts=(),
             drain_s=0,  # the balancer has waited already
             keep_alive_s=_KEEP_ALIVE_S,

@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..infer.config import EngineConfig
+from ..infer.recording import check_path
 from ..models.hub import is_remote, resolve
 from .app import build
 from .connection import connection_class
@@ -181,6 +182,8 @@ def _line(engine: Any, settings: ServerSettings, listener: socket.socket) -> str
 
 def serve_model(model: Path, settings: ServerSettings, config: EngineConfig) -> int:
     """Opens a model and serves it; see `serve`. Raises what `Engine.open` and `serve` do."""
+    if settings.record:
+        check_path(settings.record)  # before the model is loaded
     engine, folder = open_engine(model, config)
     return serve(engine, settings, folder)
 

@@ -29,6 +29,9 @@ class ServerSettings:
     is never given on the command line, where every user of the machine could read it."""
     open_without_keys: bool = False
     """Serve anyone who reaches an address that others can reach."""
+    record: str = ""
+    """A file for all steps' routes, from which placements are planned: every expert's load, and the choices of a few
+    tokens. Written every five minutes and at the end, in place of routes that are there; empty: none is written."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that a request's Host header may have besides localhost and the address itself, where no keys are set:
     a web page must not reach this server through a name of its own."""

@@ -161,7 +161,7 @@ class FakeEngine:
             prefill = sum(s.computed < len(s.request.prompt) for s in self._running)
             return {"queued": len(self._waiting), "prefill": prefill, "decode": len(self._running) - prefill}
 
-    def watch(self, hook: Callable[[StepReport], None]) -> Callable[[], None]:
+    def watch(self, hook: Callable[[StepReport], None], *, sampled: int = 0) -> Callable[[], None]:
         self._hooks.append(hook)
 
         def unwatch() -> None:

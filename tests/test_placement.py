@@ -214,6 +214,26 @@ def test_plans_for_decode_are_better_than_eplb_on_average() -> None:
     assert sum(ours.sum() for ours, _ in pairs) < sum(theirs.sum() for _, theirs in pairs)
 
 
+def test_experts_that_meet_are_kept_apart_where_steps_are_small() -> None:
+    """Tokens choose e and e + 16, one token a step: a rank that holds both computes two experts."""
+    recorder = Recorder([32], 2)
+    for step in range(64):
+        both = np.array([step % 16, step % 16 + 16])
+        recorder.add([np.bincount(both, minlength=32)], both[None, None], 0)
+    routes = recorder.routes()
+    assert score(plan(routes, Cluster(2, 8, 2), DECODE), routes).activated == 1
+
+
+def test_small_recordings_are_looked_at_whole() -> None:
+    """Of 128 steps 32 evenly spread ones make another expert the busiest."""
+    loads_SLE = np.ones((128, 1, 8), np.uint32)
+    seen = np.linspace(0, 127, 32).astype(int)
+    loads_SLE[:, :, 5] = 9
+    loads_SLE[seen, :, 5], loads_SLE[seen, :, 2] = 1, 9
+    routes = Routes(loads_SLE, np.full((128, 1, 1, 1), -1, np.int16), np.zeros(128, np.uint32), (8,))
+    assert plan(routes, Cluster(1, 3, 3)).copies_LE[0].tolist() == [1, 1, 1, 1, 1, 2, 1, 1]
+
+
 def test_crossing_less_is_planned_for() -> None:
     routes = Source(32, 4, 2, 0.6, "steady", 256, 16).routes()
     near, far = (score(plan(routes, Cluster(4, 2, 5), Aim(crossings=c)), routes) for c in (1.0, 0.0))

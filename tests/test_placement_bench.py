@@ -1,13 +1,18 @@
 """The benchmark of placements: its peers, its routes, its yardstick, and that it runs."""
 
+import base64
 import builtins
+import re
 from itertools import product
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from coterie.benchmarks import placement as bench
 from coterie.benchmarks.placement_exact import exact
+from coterie.benchmarks.placement_page import Part, _by_copy
 from coterie.benchmarks.placement_peers import dealt_activated, dealt_targets, eplb, pack
 from coterie.benchmarks.placement_routes import Source
 from coterie.benchmarks.rows import read
@@ -124,11 +129,57 @@ def test_it_runs_and_tells_every_ratio(tmp_path, monkeypatch) -> None:
     assert all(row.limit is None for row in rows if row.case.startswith("optimum"))
 
 
-def test_recorded_routes_are_judged_by_what_their_steps_were(tmp_path) -> None:
-    prefill, decode = (Source(8, 2, 1, 1.0, "steady", 64, 4, prompts).routes() for prompts in (True, False))
+def day(path: Path, steps: int = 4) -> Path:
+    """A file with steps of both kinds."""
+    prefill, decode = (Source(8, 2, 2, 1.0, "steady", 64, steps, prompts).routes() for prompts in (True, False))
     both = [
         np.concatenate([getattr(r, n) for r in (prefill, decode)]) for n in ("loads_SLE", "tokens_SMLK", "prompts_S")
     ]
-    save(Routes(*both, prefill.experts), tmp_path / "day")
-    rows = bench.main(routes=tmp_path / "day", cluster=Cluster(2, 2, 3))
+    save(Routes(*both, prefill.experts), path)
+    return path
+
+
+def test_recorded_routes_are_judged_by_what_their_steps_were(tmp_path) -> None:
+    rows = bench.main(routes=day(tmp_path / "day"), cluster=Cluster(2, 2, 3))
     assert {row.case for row in rows if row.metric == "activated"} == {"prefill, day", "decode, day"}
+
+
+def test_the_page_shows_both_kinds_before_and_after_and_what_it_gains(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = bench.main(routes=day(tmp_path / "day"), cluster=Cluster(2, 2, 3), html=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    texts = [base64.b64decode(image).decode() for image in images]
+    assert len(texts) == 2
+    for text in texts:
+        assert ElementTree.fromstring(text).tag.endswith("svg")
+        assert "experts in order: copies" in text
+        assert "as planned: ranks" in text
+    found = {(row.case, row.impl, row.metric): row.value for row in rows}
+    for case, metric in (("prefill, day", "imbalance"), ("decode, day", "activated")):
+        before, after = (found[case, impl, metric] for impl in ("round robin", "coterie"))
+        assert f"{after / before - 1:+.1%}" in page
+    assert 'src="http' not in page
+
+
+def test_shares_of_a_page_are_the_work_of_each_copy() -> None:
+    loads_SLE = np.array([[[6, 3, 1]], [[2, 5, 0]]], np.uint32)
+    routes = Routes(loads_SLE, np.full((2, 1, 1, 1), -1, np.int16), np.zeros(2, np.uint32), (3,))
+    before, after = np.array([[[2, 0, 0], [0, 1, 1]]]), np.array([[[1, 1, 0], [1, 0, 1]]])
+    prefill, decode = (Part(name, routes, before, after, []) for name in ("prefill", "decode"))
+    np.testing.assert_allclose(prefill.shares(False)[0], np.array([[8, 0, 0], [0, 8, 1]]) * 2 / 17)
+    np.testing.assert_allclose(prefill.shares(True)[0], np.array([[4, 8, 0], [4, 0, 1]]) * 2 / 17)
+    np.testing.assert_allclose(decode.shares(False)[0], np.array([[4, 0, 0], [0, 2, 1]]) * 2 / 7)
+    assert decode.shares(True).sum() == 2
+    assert decode.shares(True)[0, 0, 1] == decode.shares(True)[0, 1, 2] * 2 == 2 * 2 / 5
+    by_copy_LC, ends = _by_copy(prefill.shares(False), before)
+    np.testing.assert_allclose(by_copy_LC, np.array([[4, 4, 8, 1]]) * 4 / 17)
+    assert ends == [2]
+
+
+def test_a_page_of_nothing_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="give their file"):
+        bench.main(html=tmp_path / "page.html")
+    with pytest.raises(ValueError, match="too few steps"):
+        bench.main(routes=day(tmp_path / "day", 1), html=tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()

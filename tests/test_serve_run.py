@@ -15,6 +15,7 @@ import pytest
 from fake_engine import FakeEngine
 from serving import gauge, process, save_model, stream, until
 
+from coterie.infer.routes import load
 from coterie.serve.limits import Life
 from coterie.serve.run import _end
 from coterie.serve.settings import ServerSettings
@@ -126,6 +127,7 @@ def test_the_command_serves_a_model_as_the_pipeline_does(tmp_path: Path) -> None
     with coterie.pipeline(folder) as pipe:
         expected = pipe(["the cat", "a dog ran"], **settings)
     command = [sys.executable, "-m", "coterie.cli", "serve", str(folder), "--port", "0"]
+    command += ["--record", str(tmp_path / "day")]
     with process(tmp_path, command) as server:
         body = {"model": "tiny", "prompt": ["the cat", "a dog ran"], "return_token_ids": True, **settings}
         answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).json()
@@ -147,5 +149,13 @@ def test_the_command_serves_a_model_as_the_pipeline_does(tmp_path: Path) -> None
                 time.sleep(0.005 * i)
         until(lambda: gauge(server.url, "vllm:num_requests_running") == 0)
         assert gauge(server.url, "vllm:kv_cache_usage_perc") == 0
+        steps = gauge(server.url, "coterie:recorded_steps_total")
+        assert 12 < steps <= gauge(server.url, "coterie:step_seconds_count")
+        tokens = gauge(server.url, "vllm:iteration_tokens_total_sum")
+        assert gauge(server.url, "coterie:recorded_tokens_total") == tokens
+        assert gauge(server.url, "coterie:recorded_kept_steps") == steps
+        assert gauge(server.url, "coterie:recorded_kept_bytes") > 0
+        assert not (tmp_path / "day").exists()
         server.inner.send_signal(signal.SIGTERM)
         assert server.end() == 0
+    assert len(load(tmp_path / "day")) == steps

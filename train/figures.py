@@ -66,7 +66,9 @@ class Run:
         return all(isinstance(row.get("tokens"), int | float) for row in self.rows)
 
 
-def _new(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, NDArray[Any]]:
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Any, NDArray[Any]]:
     """A figure and its (rows, columns) axes. Figure alone, without pyplot: no global state, no display."""
     try:
         from matplotlib.figure import Figure
@@ -88,7 +90,8 @@ def _plain(axis: Any) -> None:
     axis.set_axisbelow(True)
 
 
-def _svg(figure: Any) -> str:
+def as_svg(figure: Any) -> str:
+    """The figure's text, with the page's fonts."""
     import matplotlib
 
     out = io.StringIO()
@@ -137,7 +140,7 @@ def thin(x: Series, y: Series, reduce: Callable[..., Any] = np.mean) -> tuple[Se
 
 def loss_figure(runs: Sequence[Run]) -> str:
     """Training loss (faint: every step; strong: running mean) and validation loss (dots) of one or several runs."""
-    figure, axes = _new(WIDTH, 4.1)
+    figure, axes = new_figure(WIDTH, 4.1)
     axis, top, lines = axes[0, 0], [], []
     for run, color in zip(runs, _cycle(len(runs)), strict=True):
         x, y = run.series("loss")
@@ -170,7 +173,7 @@ def loss_figure(runs: Sequence[Run]) -> str:
         )
     _tokens_axis(axis, runs[0])
     axis.set_ylabel("nats per token", fontsize=9, color=FAINT)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _cycle(count: int) -> list[str]:
@@ -185,7 +188,7 @@ def lines_figure(run: Run, panels: dict[str, tuple[str, ...]], columns: int = 2)
         return ""
     columns = min(columns, len(found))
     rows = -(-len(found) // columns)
-    figure, axes = _new(WIDTH, 2.35 * rows, rows, columns)
+    figure, axes = new_figure(WIDTH, 2.35 * rows, rows, columns)
     for axis, (title, (x, y)) in zip(axes.flat, found.items(), strict=False):
         axis.plot(*thin(x, y), color=COLORS[0], alpha=0.25, linewidth=0.8)
         low, high = np.quantile(y, 0.005), np.quantile(y, 0.995)
@@ -198,7 +201,7 @@ def lines_figure(run: Run, panels: dict[str, tuple[str, ...]], columns: int = 2)
         _tokens_axis(axis, run)
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def load_grid(run: Run) -> dict[int, tuple[Series, float, float]]:
@@ -223,31 +226,17 @@ def load_grid(run: Run) -> dict[int, tuple[Series, float, float]]:
 
 def loads_figure(run: Run) -> str:
     """One heat map a MoE layer: experts upwards, time to the right, load relative to an even one."""
-    from matplotlib.colors import LinearSegmentedColormap
-
     grids = load_grid(run)
     if not grids:
         return ""
     columns = min(len(grids), 2 if len(grids) in (2, 4) else 3 if len(grids) <= 9 else 4 if len(grids) <= 32 else 6)
     rows = -(-len(grids) // columns)
     height = 1.75 if rows <= 3 else 1.3 if rows <= 8 else 1.0
-    figure, axes = _new(WIDTH, height * rows + 0.75, rows, columns)
-    colors = LinearSegmentedColormap.from_list("load", [STARVED, EVEN, CROWDED])
+    figure, axes = new_figure(WIDTH, height * rows + 0.75, rows, columns)
     image = None
     for index, (axis, (layer, (load_EX, start, end))) in enumerate(zip(axes.flat, grids.items(), strict=False)):
         experts = len(load_EX)
-        image = axis.imshow(
-            np.log2(np.maximum(load_EX, 1e-6)),
-            aspect="auto",
-            origin="lower",
-            cmap=colors,
-            vmin=-2,
-            vmax=2,
-            interpolation="nearest",
-            extent=(start, max(end, start + 1), -0.5, experts - 0.5),
-        )
-        axis.grid(False)
-        axis.spines["bottom"].set_visible(False)
+        image = heat(axis, load_EX, (start, max(end, start + 1), -0.5, experts - 0.5))
         axis.set_yticks([0, experts - 1] if experts > 1 else [0])
         axis.set_title(f"layer {layer}, {experts} experts", loc="left", fontsize=9, color=INK, pad=4)
         last = index + columns >= len(grids)
@@ -257,11 +246,35 @@ def loads_figure(run: Run) -> str:
             axis.set_xticklabels([])
     for axis in axes.flat[len(grids) :]:
         axis.set_visible(False)
+    heat_bar(figure, image, axes)
+    return as_svg(figure)
+
+
+def heat(axis: Any, load_YX: Series, extent: tuple[float, float, float, float]) -> Any:
+    """Draws loads relative to an even one, 1, as a heat map with the first row at the bottom; returns the image."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    image = axis.imshow(
+        np.log2(np.maximum(load_YX, 1e-6)),
+        aspect="auto",
+        origin="lower",
+        cmap=LinearSegmentedColormap.from_list("load", [STARVED, EVEN, CROWDED]),
+        vmin=-2,
+        vmax=2,
+        interpolation="nearest",
+        extent=extent,
+    )
+    axis.grid(False)
+    axis.spines["bottom"].set_visible(False)
+    return image
+
+
+def heat_bar(figure: Any, image: Any, axes: NDArray[Any]) -> None:
+    """What the colours of `heat` mean, above all axes."""
     bar = figure.colorbar(image, ax=axes, location="top", shrink=0.5, aspect=50, pad=0.03, anchor=(0.0, 0.5))
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["a quarter and less", "half", "even", "twice", "4 times and more"])
     bar.ax.tick_params(length=0, labelsize=9, labelcolor=FAINT)
     bar.outline.set_visible(False)
-    return _svg(figure)
 
 
 def time_shares(run: Run) -> dict[str, float]:
@@ -278,7 +291,7 @@ def times_figure(run: Run) -> str:
     rows = [row for row in run.rows if isinstance(row.get("time"), dict)]
     x = np.array([run.position(row) for row in rows])
     stack = np.array([[float(row["time"].get(name) or 0.0) for row in rows] for name in spans]) * 1e3
-    figure, axes = _new(WIDTH, 2.9)
+    figure, axes = new_figure(WIDTH, 2.9)
     axis = axes[0, 0]
     thinned = [thin(x, smooth(values), np.median) for values in stack]
     total = smooth(np.asarray(stack.sum(axis=0)))
@@ -288,4 +301,4 @@ def times_figure(run: Run) -> str:
     axis.set_ylabel("ms per step", fontsize=9, color=FAINT)
     _tokens_axis(axis, run)
     axis.margins(x=0)
-    return _svg(figure)
+    return as_svg(figure)

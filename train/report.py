@@ -69,17 +69,22 @@ def report(run_dir: str | Path, *others: str | Path, output: str | Path | None =
     parts = [_compare(runs)] if len(runs) > 1 else []
     parts += [_run_page(run, alone=len(runs) == 1) for run in runs]
     title = " and ".join(r.name for r in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    path = Path(output) if output else directories[0] / "report.html"
+    write_page(path, title, "".join(parts), "coterie report")
+    return path
+
+
+def write_page(path: Path, title: str, body: str, command: str) -> None:
+    """Writes a page in the house's style, whole or not at all."""
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)} · coterie</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
-        f"<body><main>\n{''.join(parts)}<footer>Written by <code>coterie report</code>; every figure is in this file."
+        f"<body><main>\n{body}<footer>Written by <code>{command}</code>; every figure is in this file."
         "</footer></main></body></html>\n"
     )
-    path = Path(output) if output else directories[0] / "report.html"
     draft = path.with_name(f".{path.name}.new")
     draft.write_text(page, encoding="utf-8")
     draft.replace(path)
-    return path
 
 
 def _names(directories: list[Path]) -> list[str]:
@@ -108,12 +113,14 @@ def _read_run(path: Path, name: str) -> Run:
     return Run(name, [latest[step] for step in sorted(latest)], **facts)
 
 
-def _figure(svg: str, what: str) -> str:
+def picture(svg: str, what: str) -> str:
+    """A figure inside the page; `what` it shows, for who does not see it."""
     data = base64.b64encode(svg.encode()).decode()
     return f'<img alt="{html.escape(what, quote=True)}" src="data:image/svg+xml;base64,{data}">'
 
 
-def _section(title: str, text: str, body: str) -> str:
+def section(title: str, text: str, body: str) -> str:
+    """A part of a page; nothing where there is no body."""
     return f"<section><h3>{title}</h3><p>{text}</p>{body}</section>\n" if body else ""
 
 
@@ -187,13 +194,13 @@ def _compare(runs: list[Run]) -> str:
     table = f'<div class="scroll"><table class="wide"><tr><th></th>{head}</tr>{rows}</table></div>'
     return (
         f'<h1>{len(runs)} runs, compared</h1><p class="sub">Details of each follow below.</p>'
-        + _section("Loss", "Faint: every step. Strong: running mean. Dots: validation.", _losses(runs))
-        + _section("Side by side", "", table)
+        + section("Loss", "Faint: every step. Strong: running mean. Dots: validation.", _losses(runs))
+        + section("Side by side", "", table)
     )
 
 
 def _losses(runs: list[Run]) -> str:
-    return _figure(loss_figure(runs), "training and validation loss over tokens")
+    return picture(loss_figure(runs), "training and validation loss over tokens")
 
 
 def _run_page(run: Run, alone: bool) -> str:
@@ -202,11 +209,11 @@ def _run_page(run: Run, alone: bool) -> str:
     parts = [f'<{level}>{html.escape(run.name)}</{level}><p class="sub">{_subtitle(run)}</p>']
     parts.append(f'<div class="tiles">{tiles}</div>')
     if alone:
-        parts.append(_section("Loss", "Faint: every step. Strong: running mean. Dots: validation.", _losses([run])))
+        parts.append(section("Loss", "Faint: every step. Strong: running mean. Dots: validation.", _losses([run])))
     schedule = {"Learning rate": ("lr",), "Gradient norm, before clipping": ("grad_norm",)}
-    parts.append(_section("Optimization", "What the optimizer was told and what it met.", _lines(run, schedule)))
+    parts.append(section("Optimization", "What the optimizer was told and what it met.", _lines(run, schedule)))
     parts.append(
-        _section(
+        section(
             "Expert load",
             "Share of the tokens that each expert of a layer received, relative to an even share. "
             "A good router keeps this pale; a dark blue line is an expert that starves.",
@@ -221,10 +228,10 @@ def _run_page(run: Run, alone: bool) -> str:
             "Balance loss (1 a layer: even)": ("aux",),
             "Router z-loss": ("z",),
         }
-        parts.append(_section("Routing", "How evenly and how decidedly tokens are routed.", _lines(run, router, 3)))
-    parts.append(_section("Step time", "Where the time of a step goes.", _times(run)))
+        parts.append(section("Routing", "How evenly and how decidedly tokens are routed.", _lines(run, router, 3)))
+    parts.append(section("Step time", "Where the time of a step goes.", _times(run)))
     speed = {"Tokens per second": ("tokens_per_s",), "Share of the machine's peak (MFU)": ("mfu",)}
-    parts.append(_section("Throughput", "All ranks together.", _lines(run, speed)))
+    parts.append(section("Throughput", "All ranks together.", _lines(run, speed)))
     parts.append(_tree("Configuration", run.config))
     parts.append(_tree("Environment", run.environment))
     return "".join(parts)
@@ -232,12 +239,12 @@ def _run_page(run: Run, alone: bool) -> str:
 
 def _lines(run: Run, panels: dict[str, tuple[str, ...]], columns: int = 2) -> str:
     svg = lines_figure(run, panels, columns)
-    return _figure(svg, ", ".join(panels)) if svg else ""
+    return picture(svg, ", ".join(panels)) if svg else ""
 
 
 def _heat(run: Run) -> str:
     svg = loads_figure(run)
-    return _figure(svg, "heat maps of expert load over tokens, one a layer") if svg else ""
+    return picture(svg, "heat maps of expert load over tokens, one a layer") if svg else ""
 
 
 def _times(run: Run) -> str:
@@ -253,7 +260,7 @@ def _times(run: Run) -> str:
         f"<small>{1e3 * seconds:,.3g} ms, {seconds / total:.0%}</small></span>"
         for name, seconds in shares.items()
     )
-    return f'<div class="bar">{bar}</div><div class="keys">{keys}</div>' + _figure(
+    return f'<div class="bar">{bar}</div><div class="keys">{keys}</div>' + picture(
         svg, "step time by part over tokens"
     )
 

@@ -52,7 +52,7 @@ struct TiledLayer : Layer<bf16> {
             if (f + wide >= end) ahead = before_hidden(next, passes);
             for (long g = 0; g < all; g += 2) {
                 long groups = at_most(all - g, 2);
-                products(groups, w, other, D, x_packed + (part.group + g) * GROUP * D / 2, z, ahead);
+                products(groups, all, w, other, D, x_packed + (part.group + g) * GROUP * D / 2, z, ahead);
                 for (long j = 0; j < groups; j++)
                     activate(part, part.group + g + j, f, z + 2 * j * ANSWER, other != w);
             }
@@ -80,8 +80,10 @@ struct TiledLayer : Layer<bf16> {
 
     // Neighbours along K become one word. Subnormal numbers become zeros, as which tiles would take them.
     static void join(const float *z, word *out) {
-        alignas(64) static constexpr uint16_t by_turns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        alignas(64) static constexpr uint16_t by_turns[32] = {
+            0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31,
+        };
         __m512i order = _mm512_load_si512(by_turns);
         for (long i = 0; i < GROUP; i += 2) {
             __m512bh both = _mm512_cvtne2ps_pbh(load(z + (i + 1) * GROUP).v, load(z + i * GROUP).v);
@@ -110,7 +112,8 @@ struct TiledLayer : Layer<bf16> {
                 if (last) ahead = more ? before_outputs(p + 1, d, passes) : before_outputs(0, next, passes);
                 for (long g = 0; g < all; g += 2) {
                     long groups = at_most(all - g, 2);
-                    products(groups, w, w + second * F, F, a_packed + (part.group + g) * GROUP * F / 2, z, ahead);
+                    products(groups, all, w, w + second * F, F, a_packed + (part.group + g) * GROUP * F / 2, z,
+                             ahead);
                     for (long j = 0; j < 2 * groups; j++) {
                         long at = i + j % 2 * GROUP;
                         if (at < n) put(part, g + j / 2, z + j * ANSWER, own + at, n, b ? b + at : nullptr);

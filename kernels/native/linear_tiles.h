@@ -12,6 +12,8 @@ template <class Y> struct TiledLinear {
 
     static constexpr long WIDE = 2 * GROUP;       // rows of weights that pass together
     static constexpr long BLOCK = 256 << 10;      // bytes of weights that stay in a core's second cache
+    static constexpr long NEAR = 64 << 10;        // bytes of two blocks that pass from the second cache
+    static constexpr long LONG = 8192;            // numbers of a row: each is on pages of its own
     static constexpr long HIGH = 16;              // groups in a task
 
     static bool takes(long N, long K) { return has_tiles() && K % STEP == 0 && K > 0 && N >= GROUP; }
@@ -36,16 +38,25 @@ template <class Y> struct TiledLinear {
         }
     }
 
-    // Some groups against some rows of weights, which the first two groups fetch ahead.
-    void task(long g, long g_end, long n, long n_end) const {
+    // Some groups against some rows of weights: all of them pass over two blocks before the next two are read. Two at
+    // a time pass over all blocks where a block is too long to stay near, or an answer's rows too long to be many.
+    void task(long g_begin, long g_end, long n, long n_end) const {
+        long some = WIDE * K * 2 <= NEAR && N <= LONG ? g_end - g_begin : 2;
+        for (long g = g_begin; g < g_end; g += some)
+            pass(g, g_end - g < some ? g_end : g + some, n, n_end, g == g_begin);
+    }
+
+    // Where nobody has read the weights before (`first`), they are fetched ahead.
+    void pass(long g_begin, long g_end, long n, long n_end, bool first) const {
         alignas(64) float out[4 * ANSWER];
-        for (bool first = true; g < g_end; g += 2, first = false) {
-            long groups = g_end - g < 2 ? 1 : 2;
-            for (long i = n; i < n_end; i += WIDE) {
-                long n0 = within(i), n1 = within(i + GROUP < n_end ? i + GROUP : i);
-                Ahead ahead;
-                if (first && i + WIDE < n_end) ahead = {w + (i + WIDE) * K, w + (i + WIDE + GROUP) * K, K, 1};
-                products(groups, w + n0 * K, w + n1 * K, K, packed + g * K / 2 * GROUP, out, ahead);
+        long all = g_end - g_begin;
+        for (; n < n_end; n += WIDE) {
+            long n0 = within(n), n1 = within(n + GROUP < n_end ? n + GROUP : n);
+            Ahead ahead;
+            if (first && n + WIDE < n_end) ahead = {w + (n + WIDE) * K, w + (n + WIDE + GROUP) * K, K, share(all, 2)};
+            for (long g = g_begin; g < g_end; g += 2) {
+                long groups = g_end - g < 2 ? 1 : 2;
+                products(groups, all, w + n0 * K, w + n1 * K, K, packed + g * K / 2 * GROUP, out, ahead);
                 for (long j = 0; j < groups; j++) {
                     put(out + 2 * j * ANSWER, g + j, n0);
                     if (n1 != n0) put(out + (2 * j + 1) * ANSWER, g + j, n1);

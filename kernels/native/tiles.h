@@ -80,7 +80,9 @@ struct Ahead {
 };
 
 // out[g][i] = the answer of w_i, 16 rows of weights, and group g, for i of 0 and 1. Groups lie K / 2 * 16 words apart.
-template <int G>
+// ALONE: other weights come next for the same groups, which stay in the first cache; else other groups for the same
+// weights. What does not stay is loaded with the hint that it will not.
+template <int G, bool ALONE>
 static inline void products(const bf16 *w0, const bf16 *w1, long K, const word *x, float *out, Ahead &ahead) {
     const word *y = x + K / 2 * GROUP;
     asm volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
@@ -91,10 +93,17 @@ static inline void products(const bf16 *w0, const bf16 *w1, long K, const word *
         _tile_zero(3);
     }
     for (long k = 0; k < K; k += STEP) {
-        _tile_loadd(4, w0 + k, K * 2);
-        _tile_loadd(6, x + k / 2 * GROUP, 64);
-        _tile_loadd(5, w1 + k, K * 2);
-        if (G == 2) _tile_loadd(7, y + k / 2 * GROUP, 64);
+        if (ALONE) {
+            _tile_stream_loadd(4, w0 + k, K * 2);
+            _tile_loadd(6, x + k / 2 * GROUP, 64);
+            _tile_stream_loadd(5, w1 + k, K * 2);
+            if (G == 2) _tile_loadd(7, y + k / 2 * GROUP, 64);
+        } else {
+            _tile_loadd(4, w0 + k, K * 2);
+            _tile_stream_loadd(6, x + k / 2 * GROUP, 64);
+            _tile_loadd(5, w1 + k, K * 2);
+            if (G == 2) _tile_stream_loadd(7, y + k / 2 * GROUP, 64);
+        }
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
         if (G == 2) {
@@ -111,10 +120,12 @@ static inline void products(const bf16 *w0, const bf16 *w1, long K, const word *
     }
 }
 
-// The same for one group or two.
-static inline void products(long groups, const bf16 *w0, const bf16 *w1, long K, const word *x, float *out,
+// The same for one group or two, of `all` that meet these weights.
+static inline void products(long groups, long all, const bf16 *w0, const bf16 *w1, long K, const word *x, float *out,
                             Ahead &ahead) {
-    groups == 2 ? products<2>(w0, w1, K, x, out, ahead) : products<1>(w0, w1, K, x, out, ahead);
+    if (all == 2) return products<2, true>(w0, w1, K, x, out, ahead);
+    if (all == 1) return products<1, true>(w0, w1, K, x, out, ahead);
+    groups == 2 ? products<2, false>(w0, w1, K, x, out, ahead) : products<1, false>(w0, w1, K, x, out, ahead);
 }
 
 // An answer's first n rows of x as rows of 16 numbers: out[i * stride + j] = answer[j][i].
