@@ -203,6 +203,17 @@ def placement(
     run(json=json, quick=quick, routes=routes, cluster=Cluster(nodes, ranks, slots), html=html)
 
 
+def latency(json: Path | None = None) -> None:
+    """Print DeepSpeed-MoE's latency table on paper, beside what it says: nothing is measured.
+
+    Args:
+        json: Write the tidy rows here too.
+    """
+    from .benchmarks.latency import main as run
+
+    run(json=json)
+
+
 def moved(json: Path | None = None, quick: bool = False, netns: bool = False) -> None:
     """Steps of a served model over 2 hosts of 2 ranks, with experts where they lie at first and as planned.
 
@@ -216,7 +227,22 @@ def moved(json: Path | None = None, quick: bool = False, netns: bool = False) ->
     run(json, quick, netns)
 
 
-_ALL = (layer, train, alltoall, layouts, plan, load, serve, decode, policies, soak, experts, placement, moved)
+_ALL = (
+    layer,
+    train,
+    alltoall,
+    layouts,
+    plan,
+    load,
+    serve,
+    decode,
+    policies,
+    soak,
+    experts,
+    placement,
+    moved,
+    latency,
+)
 BENCHES = {f.__name__: f for f in _ALL}
 
 

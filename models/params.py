@@ -55,20 +55,21 @@ def flops_per_token(config: ModelConfig, sequence: int) -> int:
 def _layer(config: ModelConfig, layer: int) -> tuple[int, int, int, int]:
     """(parameters outside routed experts and norms, of one expert, number of experts, experts a token visits)."""
     moe, number = config.moe, config.experts_of(layer)
-    rest = _attention(config)
+    rest = attention_params(config)
     if not number:
-        return rest + _mlp(config.dim, config.hidden, config.activation, config.mlp_bias), 0, 0, 0
-    expert = _mlp(config.dim, config.expert_hidden, moe.activation, moe.bias)
+        return rest + feed_forward_params(config.dim, config.hidden, config.activation, config.mlp_bias), 0, 0, 0
+    expert = feed_forward_params(config.dim, config.expert_hidden, moe.activation, moe.bias)
     rest += number * config.dim
     if moe.residual:
         rest += expert + 2 * config.dim + 2
     if moe.shared_hidden:
-        rest += _mlp(config.dim, moe.shared_hidden, moe.activation, moe.bias)
+        rest += feed_forward_params(config.dim, moe.shared_hidden, moe.activation, moe.bias)
         rest += config.dim if moe.shared_gate else 0
     return rest, expert, number, moe.top_k
 
 
-def _attention(config: ModelConfig) -> int:
+def attention_params(config: ModelConfig) -> int:
+    """Of one layer's projections, their biases and the norms of queries and keys."""
     width, heads = config.width_per_head, config.heads
     rows = (heads + 2 * config.num_kv_heads) * width
     count = rows * config.dim + heads * width * config.dim
@@ -76,6 +77,7 @@ def _attention(config: ModelConfig) -> int:
     return count + {"none": 0, "head": 2, "all": heads + config.num_kv_heads}[config.qk_norm] * width
 
 
-def _mlp(dim: int, hidden: int, activation: str, bias: bool) -> int:
+def feed_forward_params(dim: int, hidden: int, activation: str, bias: bool) -> int:
+    """Of a dense feed-forward layer, or of one expert."""
     rows = 2 * hidden if activation == "swiglu" else hidden
     return rows * dim + hidden * dim + (rows + dim if bias else 0)

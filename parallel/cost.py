@@ -51,6 +51,27 @@ class Rate(NamedTuple):
     """Seconds of each message on top of that, which do not overlap."""
 
 
+class Links(NamedTuple):
+    """How fast one kind of collective is: within a node, and between nodes."""
+
+    intra: Rate
+    inter: Rate
+
+    def slower(self, times: float) -> Links:
+        """The links of ranks that get a core for one part in `times`."""
+        return Links(*(Rate(r.latency * times, r.bandwidth / times, r.message * times) for r in self))
+
+
+class Rings(NamedTuple):
+    """Links of the ring collectives, where each kind has a pace of its own (gloo's: a reduce-scatter is an all-reduce
+    of a copy). A message is one hop."""
+
+    gather: Links
+    scatter: Links
+    total: Links
+    """Of all-reduces."""
+
+
 class Choice(NamedTuple):
     """The exchange to take, and the predicted seconds of each, forward and backward."""
 
@@ -186,6 +207,22 @@ def seconds(
             slowest = max(slowest, latency + sum(moved))
         total += slowest
     return total
+
+
+def ring_seconds(ranks: int, nodes: int, shard: float, links: Links, rounds: int = 1) -> float:
+    """Time of an all-gather of, or a reduce-scatter to, `shard` bytes of each rank; rounds=2: an all-reduce of as
+    many shards. `nodes`: that the ranks lie on.
+
+    A ring leaves a node once; the ring's ranks of a node share their nodes' links between as many rings.
+    """
+    if ranks == 1:
+        return 0.0
+    crossing, local = nodes - 1, ranks / nodes
+    hops = crossing * links.inter.message + (ranks - 1 - crossing) * links.intra.message
+    moved = rounds * (ranks - 1) * shard
+    slowest = moved / links.intra.bandwidth if local > 1 else 0.0
+    slowest = max(slowest, moved / local / links.inter.bandwidth) if crossing else slowest
+    return (links.inter if crossing else links.intra).latency + rounds * hops + slowest
 
 
 def choose_exchange(

@@ -4,32 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-from ..parallel.cost import Rate
+from ..parallel.cost import Links, Rate, Rings
 
 GIB = 2**30
-
-
-class Links(NamedTuple):
-    """How fast one kind of collective is: within a node, and between nodes."""
-
-    intra: Rate
-    inter: Rate
-
-    def slower(self, times: float) -> Links:
-        """The links of ranks that get a core for one part in `times`."""
-        return Links(*(Rate(r.latency * times, r.bandwidth / times, r.message * times) for r in self))
-
-
-class Rings(NamedTuple):
-    """Links of the ring collectives, where each kind has a pace of its own (gloo's: a reduce-scatter is an all-reduce
-    of a copy). A message is one hop."""
-
-    gather: Links
-    scatter: Links
-    total: Links
-    """Of all-reduces."""
 
 
 @dataclass(frozen=True)

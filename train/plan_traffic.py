@@ -14,10 +14,10 @@ from functools import cache
 from typing import NamedTuple
 
 from ..models.config import ModelConfig
-from ..parallel.cost import Batch, choose_exchange, expect, phases, sent
+from ..parallel.cost import Batch, Links, choose_exchange, expect, phases, ring_seconds, sent
 from ..parallel.layout import Layout
 from ..parallel.traffic import Nodes
-from .machines import Links, Machine
+from .machines import Machine
 from .plan_memory import Run, layers
 from .plan_shards import Group, groups
 
@@ -76,22 +76,13 @@ def span(world: int, ranks: int, stride: int, node: int) -> Span:
 
 
 def ring(where: Span, shard: float, links: Links, *, rounds: int = 1) -> Flow:
-    """An all-gather of, or a reduce-scatter to, `shard` bytes of each rank; rounds=2: an all-reduce of n shards.
-
-    A ring leaves a node once; the ring's ranks of a node share their nodes' links between as many rings.
-    """
-    n, (intra, inter) = where.ranks, links
+    """An all-gather of, or a reduce-scatter to, `shard` bytes of each rank; rounds=2: an all-reduce of n shards."""
+    n = where.ranks
     if n == 1:
         return Flow()
     messages, sent = rounds * (n - 1), rounds * (n - 1) * shard
-    crossing = where.nodes - 1
-    hops = crossing * inter.message + (n - 1 - crossing) * intra.message
-    local = n / where.nodes
-    slowest = sent / intra.bandwidth if local > 1 else 0.0
-    leaves = sent / local if where.nodes > 1 else 0.0
-    slowest = max(slowest, leaves / inter.bandwidth)
-    latency = inter.latency if where.nodes > 1 else intra.latency
-    return Flow(1, messages, sent, leaves, latency + rounds * hops + slowest)
+    leaves = sent * where.nodes / n if where.nodes > 1 else 0.0
+    return Flow(1, messages, sent, leaves, ring_seconds(n, where.nodes, shard, links, rounds))
 
 
 def tell(where: Span, size: float, machine: Machine) -> Flow:
