@@ -203,12 +203,19 @@ def placement(
     run(json=json, quick=quick, routes=routes, cluster=Cluster(nodes, ranks, slots), html=html)
 
 
-def latency(json: Path | None = None) -> None:
-    """Print DeepSpeed-MoE's latency table on paper, beside what it says: nothing is measured.
+def latency(json: Path | None = None, quick: bool = False, measure: bool = False) -> None:
+    """Print DeepSpeed-MoE's latency table on paper, beside what it says; or predictions beside steps of this machine.
 
     Args:
         json: Write the tidy rows here too.
+        quick: With --measure: few layouts.
+        measure: Time steps on 1 to 8 ranks of this machine instead, beside what is predicted of them.
     """
+    if measure:
+        from .benchmarks.latency_measured import main as run_measured
+
+        run_measured(json, quick)
+        return
     from .benchmarks.latency import main as run
 
     run(json=json)
