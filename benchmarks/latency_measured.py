@@ -81,8 +81,8 @@ def main(json: str | Path | None = None, quick: bool = False, limit_s: float = 3
             rows.append(Row(BENCH, case, "coterie", "step", value * 1e3, "ms", spread * 1e3))
             rows.append(Row(BENCH, case, "formula", "step", step.seconds * 1e3, "ms", None, value * 1e3))
             rows.append(Row(BENCH, case, "formula", "error", 100 * (step.seconds / value - 1), "%"))
-    if json is not None:
-        write(rows, json)
+            if json is not None:
+                write(rows, json)
     show(rows)
     return rows
 
