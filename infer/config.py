@@ -135,5 +135,9 @@ class EngineConfig:
         if world % self.least_ranks:
             degrees = f"tp={self.tp}, ep={self.ep}, etp={self.etp}"
             raise ValueError(f"{degrees} need {self.least_ranks} ranks or a multiple of them, not {world}")
+        if world == 1 and (self.replan_steps or self.spare_experts):
+            raise ValueError(
+                "experts move between ranks: give ep over 1, or leave replan_steps and spare_experts out"
+            )
         if world > 1 and self.draft not in ("", "ngram"):
             raise ValueError("a draft model guesses on one rank alone: with several, give draft ngram or none")

@@ -74,8 +74,11 @@ class Replanner:
             self._advance()
         elif self._plan is not None:
             if self._plan.done():
-                self._follow(self._plan.result())
-                self._plan = None
+                planned, self._plan = self._plan, None
+                try:
+                    self._follow(planned.result())
+                except Exception:  # where experts lie is never worth an answer
+                    log.exception("no plan of where experts should lie could be made")
         elif self._steps >= self.every:
             window = self.recorder.routes(), self._seconds / self._steps * self.every
             self.recorder.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -10,6 +9,7 @@ from typing import Any, get_args
 import engines
 import pytest
 import torch
+from layouts import pools
 from ranks import Pool
 
 from coterie.infer.config import EngineConfig, Exchange
@@ -22,6 +22,7 @@ from coterie.moe.gathered import Gathered, Own, Turn
 from coterie.parallel.launch import Ranks
 
 pytestmark = pytest.mark.timeout(300)
+__all__ = ["pools"]
 
 
 @pytest.fixture(scope="module")
@@ -31,24 +32,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, Pool]]:
-    made = {world: Pool(world) for world in (2, 4, 8)}
-    yield made
-    for pool in made.values():
-        pool.close()
-
-
 def _settings(**settings: Any) -> EngineConfig:
     return EngineConfig(**{"block_size": 4, "budget": 24, "max_model_len": 120, "max_sequences": 8} | settings)
 
 
 def _prompts(count: int) -> list[list[int]]:
     return [engines.prompt(1 + 7 * i % 53, seed=i) for i in range(count)]
-
-
-def _ranks(rank: int, world: int) -> Ranks:
-    return Ranks(rank, rank, world, torch.device("cpu"))
 
 
 def _tokens(engine: Engine, count: int) -> list[Any]:
@@ -212,6 +201,8 @@ def test_experts_on_one_rank_cannot_move(directory: Path, pools: dict[int, Pool]
         ({"ep": 4, "tp": 2}, 2, "tp=2, ep=4, etp=1 need 4 ranks or a multiple of them, not 2"),
         ({"ep": 3}, 2, "need 3 ranks"),
         ({"draft": "somewhere"}, 2, "a draft model guesses on one rank alone"),
+        ({"replan_steps": 9}, 1, "experts move between ranks: give ep over 1"),
+        ({"spare_experts": 1}, 1, "experts move between ranks: give ep over 1"),
     ],
     ids=str,
 )
