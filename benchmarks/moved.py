@@ -1,5 +1,6 @@
 """`coterie bench moved`: steps of a model on 2 hosts of 2 ranks, with experts where they lie at first and where a
-plan puts them, there and back again in turn; beside each what `parallel/cost.py` says of the exchange.
+plan puts them, there and back again in turn; beside each what `parallel/cost.py` says of the exchange. Last, decode
+steps while experts move between them, beside those in which none does.
 
 The model is random, but its tokens have topics, as those of trained ones do: tokens of a topic take the experts of
 that topic, and some topics come more often. Plans are made from other prompts than those that are timed.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json as jsonlib
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from ..infer.config import EngineConfig, Exchange
 from ..infer.engine import Engine
 from ..infer.moving import pack_pieces, pack_slots
+from ..infer.outputs import Delta
 from ..infer.placement import Cluster, Placement
 from ..infer.placement_plan import plan
 from ..infer.placement_score import PREFILL, score
@@ -66,7 +69,8 @@ def main(json: str | Path | None = None, quick: bool = False, netns: bool = True
         save_model(folder, topical())
         for way in WAYS[1:2] if quick else WAYS:
             words = ["--way", way, "--model", folder, "--repeats", str(2 if quick else 5)]
-            rows += _rows(run_spread("moved", NODES, PER_NODE, words, netns, limit_s))
+            found = run_spread("moved", NODES, PER_NODE, words, netns, limit_s)
+            rows += [*_rows(found), *_under_load(found)]
     if json is not None:
         write(rows, json)
     show(rows)
@@ -88,6 +92,17 @@ def _rows(found: dict[str, Any]) -> list[Row]:
         measured = median_and_spread(first["seconds"])[0] - median_and_spread(last["seconds"])[0]
         told = first["exchange"] - last["exchange"]
         rows.append(Row(BENCH, case, "gain", "predicted", told * 1e3, "ms", limit=measured * 1e3))
+    return rows
+
+
+def _under_load(found: dict[str, Any]) -> list[Row]:
+    """Percentiles of decode steps; `limit`: of those in which nothing moves."""
+    moving, still = (np.array(found["load"][name]) * 1e3 for name in ("moving", "still"))
+    rows = []
+    for percent in (50, 95, 99):
+        value, base = float(np.percentile(moving, percent)), float(np.percentile(still, percent))
+        case = f"{found['case']}, decoding"
+        rows.append(Row(BENCH, case, "while moving", f"p{percent}", value, "ms", None, base, value / base))
     return rows
 
 
@@ -134,7 +149,12 @@ def worker(out: Path, where: str, folder: str, way: Exchange, repeats: int) -> N
     assert group is not None
     rates = measure_rates(Network(group))
     config = EngineConfig(
-        ep=ranks.world, exchange=way, spare_experts=2, budget=LENGTH * PROMPTS, prefix_cache=False, block_size=16
+        ep=ranks.world,
+        exchange=way,
+        spare_experts=2,
+        replan_steps=1 << 30,  # plans are followed here when it is time
+        budget=LENGTH * PROMPTS,
+        prefix_cache=False,
     )
     if not ranks.first:
         follow(folder, config, ranks)
@@ -161,13 +181,14 @@ def _measured(folder: str, config: EngineConfig, ranks: Ranks, rates: Any, repea
         for name, placement in placements.items():
             put(engine, placement)
             taken[name] += [run(engine, prompts(seed)) for seed in timed[3 * turn : 3 * turn + 3]]
+    load = under_load(engine, 60 * repeats)
     engine.stop()
     judged, found = routes(whole, timed), {}
     for name, placement in placements.items():
         scored = score(placement, judged)
         found[name] = {"seconds": taken[name], "imbalance": scored.imbalance, "crossings": scored.crossings}
         found[name]["exchange"] = exchange_seconds(config.exchange, placement, judged, rates)
-    return {"placements": found}
+    return {"placements": found, "load": load}
 
 
 def routes(model: GPT, seeds: Sequence[int]) -> Routes:
@@ -194,6 +215,34 @@ def run(engine: Engine, asked: Sequence[Sequence[int]]) -> float:
     unwatch()
     (taken,) = told
     return taken
+
+
+def under_load(engine: Engine, steps: int) -> dict[str, list[float]]:
+    """Seconds from step to step of two decodes a rank: of those between which experts move, drawn anew three times,
+    and of the others."""
+    replanner, dice = engine.core.replanner, np.random.default_rng(1)
+    assert replanner is not None
+    params = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
+    taken: dict[str, list[float]] = {"moving": [], "still": []}
+    for step in range(steps):
+        while len(engine.core.live) < 2 * NODES * PER_NODE:
+            engine.submit([1 + step % TOPICS], params, _fail_on_error)
+        if step % (steps // 3) == steps // 6:
+            every = [dice.permutation(EXPERTS).reshape(NODES * PER_NODE, -1) for _ in range(LAYERS)]
+            replanner.follow(list(enumerate(every)))
+        begin, moving = time.perf_counter(), replanner.moving
+        engine.step()
+        taken["moving" if moving else "still"].append(time.perf_counter() - begin)
+    for id in {key[0] for key in engine.core.live}:
+        engine.abort(id)
+    while replanner.moving or not engine.idle:
+        engine.step()
+        replanner.tick()
+    return taken
+
+
+def _fail_on_error(delta: Delta) -> None:
+    assert delta.finish != "error", delta.error
 
 
 def put(engine: Engine, placement: Placement) -> None:

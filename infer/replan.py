@@ -76,7 +76,7 @@ class Replanner:
             if self._plan.done():
                 planned, self._plan = self._plan, None
                 try:
-                    self._follow(planned.result())
+                    self.follow(planned.result())
                 except Exception:  # where experts lie is never worth an answer
                     log.exception("no plan of where experts should lie could be made")
         elif self._steps >= self.every:
@@ -96,8 +96,9 @@ class Replanner:
         Args:
             seconds: of as many steps.
         """
-        prompts = self.top_k * routes.prompts_S.sum() / max(1, routes.loads_SLE[:, 0].sum(dtype=np.int64))
-        aim = replace(PREFILL, tokens=float(prompts), activated=float(1 - prompts))
+        tokens = routes.loads_SLE[:, 0].sum(dtype=np.int64) / self.top_k
+        prompts = min(1.0, float(routes.prompts_S.sum() / max(1, tokens)))
+        aim = replace(PREFILL, tokens=prompts, activated=1 - prompts)
         before = after = taken = 0.0
         changes = []
         for which in self._alike():
@@ -129,7 +130,8 @@ class Replanner:
         now = Placement(slots_LPC, routes.experts, nodes)
         return now, plan(routes, Cluster(nodes, shares // nodes, slots), aim, present=now)
 
-    def _follow(self, changes: Sequence[tuple[int, np.ndarray]]) -> None:
+    def follow(self, changes: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Queues what brings experts to where these layers' shares should hold them, (P, C) each."""
         movers = self.fleet.movers
         for layer, wanted_PC in changes:
             turns, slots_PC = movers.plan(layer, wanted_PC, min(TURN, self.most))

@@ -47,7 +47,7 @@ def _replanner(fleet: FakeFleet, **settings: Any) -> Replanner:
 
 def _steps(replanner: Replanner, loads: list[list[int]], seconds: float, count: int = 4) -> None:
     for _ in range(count):
-        replanner.seen(loads, 100, seconds)
+        replanner.seen(loads, sum(loads[0]) // 2, seconds)
         replanner.tick()
     assert replanner._plan is not None
     replanner._plan.exception()  # waits for it
