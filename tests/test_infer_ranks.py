@@ -243,6 +243,31 @@ def _wrong(rank: int, world: int) -> list[str]:
     return told
 
 
+def _given(rank: int, world: int) -> list[list[int]]:
+    """The slots that experts are called with, for two tokens of the first rank and one of the second. The ranks hold
+    experts 0 and 1, 2 and 3, and both a copy of expert 0 or 2 of the other."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    turn, own, called = Turn(), Own(group, 4, slots=3), []
+    own.place(torch.tensor([[0, 1, 2], [2, 3, 0]]), torch.tensor([[0, 0, 0, 1], [1, 0, 1, 1]]))
+    turn.begin([2, 1])
+    ids_TK = torch.tensor([[0, 3], [2, 1]] if rank == 0 else [[2, 0]])
+    routing = Routing(ids_TK, ids_TK, torch.ones(ids_TK.shape), *[None] * 3)  # type: ignore[arg-type]
+
+    def experts(x_AD: torch.Tensor, ids_AK: torch.Tensor, *_: object, own: bool) -> torch.Tensor:
+        called.append(ids_AK.tolist())
+        return x_AD
+
+    Gathered(own, turn).start(torch.zeros(len(ids_TK), 8), routing)(experts)
+    return called[0]
+
+
+def test_a_copy_computes_for_its_own_tokens_and_nobody_for_none(pools: dict[int, Pool]) -> None:
+    first, second = pools[2].run(_given)
+    assert first == [[0, -1], [2, 1], [-1, -1], [-1, -1]]
+    assert second == [[-1, 1], [-1, -1], [0, 2], [-1, -1]]
+
+
 def test_what_ranks_would_not_agree_on_is_told(pools: dict[int, Pool]) -> None:
     for tokens, told in zip((2, 3), pools[2].run(_wrong), strict=True):
         assert told == [

@@ -86,8 +86,8 @@ def test_experts_come_in_slices_and_are_placed_when_all_are_there(fleet: FakeFle
 
 @pytest.mark.parametrize(
     ("loads", "seconds"),
-    [([[9] * EXPERTS] * LAYERS, 10.0), (SKEWED, 1e-9)],
-    ids=["nothing to win", "the move takes longer"],
+    [([[9] * EXPERTS] * LAYERS, 10.0), ([[11, 11, *[10] * 6]] * LAYERS, 1e4), (SKEWED, 1e-9)],
+    ids=["nothing to win", "next to nothing to win", "the move takes longer"],
 )
 def test_what_does_not_pay_is_left(fleet: FakeFleet, loads: list[list[int]], seconds: float) -> None:
     replanner = _replanner(fleet)

@@ -49,6 +49,14 @@ def test_half_a_message_is_refused(lanes: list[Part], data: st.DataObject) -> No
         decode(message[:cut], len(lanes) - 1)
 
 
+def test_a_part_that_is_not_as_it_was_told_is_refused() -> None:
+    message = encode(Kind.STEP, [Part((), (Slice(("", 0), 0, (5, 6), (1,), False),), (1,))])
+    assert message[4] == 2  # tokens of the lane
+    message[4] = 3
+    with pytest.raises(ValueError, match="is not whole"):
+        decode(message, 0)
+
+
 def test_what_is_no_message_is_refused() -> None:
     with pytest.raises(ValueError, match="is not one of ours"):
         decode(torch.tensor([17, 0, 0]), 0)
