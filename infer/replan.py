@@ -25,14 +25,15 @@ from .rearrange import Piece
 from .routes import Recorder, Routes
 from .wire import Kind
 
-TURN = 1 << 18
+TURN = 1 << 16
 """Bytes of experts that a rank gets at once; several turns where they take less than SHARE of a step."""
 SHARE = 0.1
 LEAST = 0.03
 """Of what a step's experts cost: a plan that wins less is not followed."""
 EXPERTS = 0.5
 """Of a step's time that its experts take, as far as a plan's gain is concerned."""
-FIRST_RATE = 2e8  # bytes a second, until moves were timed
+FIRST_RATE = 2e8
+"""Bytes a second of a rank, for what a move takes, until one was timed."""
 log = logging.getLogger("coterie")
 
 
@@ -57,7 +58,7 @@ class Replanner:
         self.fleet, self.every, self.most, self.top_k = fleet, every, most, top_k
         self.recorder = Recorder(experts, top_k, sampled=0, memory=1 << 26)
         self.plans = self.moves = 0
-        self._steps, self._seconds, self._rate = 0, 0.0, FIRST_RATE
+        self._steps, self._seconds, self._rate = 0, 0.0, 0.0
         self._queue: deque[tuple[Kind, list[Piece] | list[int]]] = deque()
         self._thread = ThreadPoolExecutor(1)
         self._plan: Future[list[tuple[int, np.ndarray]]] | None = None
@@ -110,7 +111,7 @@ class Replanner:
             changes += [(layer, wanted.slots_LRC[i]) for i, layer in enumerate(which) if fetched_L[i]]
         gain = 1 - after / before
         wins = gain * EXPERTS * seconds
-        if not changes or gain < LEAST or wins < taken / self._rate:
+        if not changes or gain < LEAST or wins < taken / (self._rate or FIRST_RATE):
             return []
         log.info(f"experts of {len(changes)} layers move: steps should cost {gain:.1%} less in experts")
         return changes
@@ -159,4 +160,5 @@ class Replanner:
         self.fleet.say(Kind.PULSE)  # all have got it
         width = self.fleet.model.embed.weight.element_size()
         sent = max(np.bincount([p.fetch.share for p in pieces], [(p.end - p.begin) * width for p in pieces]))
-        self._rate += 0.2 * (sent / (time.perf_counter() - begin) - self._rate)
+        rate = sent / (time.perf_counter() - begin)
+        self._rate = min(rate, self._rate + 0.2 * (rate - self._rate)) if self._rate else rate

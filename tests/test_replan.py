@@ -112,3 +112,40 @@ def test_experts_that_lie_on_one_share_are_refused(fleet: FakeFleet) -> None:
     fleet.movers.slots[1] = None
     with pytest.raises(ValueError, match="experts can move where every MoE layer has them on the same ranks"):
         _replanner(fleet)
+
+
+def test_a_slow_link_gets_one_turn_at_a_time(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replan, "TURN", 500)
+    clock = iter(float(second) for second in range(10**6))  # each message takes a second
+    monkeypatch.setattr(replan.time, "perf_counter", lambda: next(clock))
+    replanner = _replanner(fleet)
+    _steps(replanner, SKEWED, 1.0)
+    list(_ticks(replanner))
+    for kind, numbers in fleet.said:
+        for share in range(2):
+            sent = (
+                [4 * (p.end - p.begin) for p in unpack_pieces(numbers) if p.fetch.share == share]
+                if kind is Kind.MOVE
+                else []
+            )
+            assert sum(sent) <= 500
+
+
+def test_a_fast_link_gets_as_much_as_a_tenth_of_a_step_takes(
+    fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replan, "TURN", 500)
+    clock = iter(second / 1000 for second in range(10**6))
+    monkeypatch.setattr(replan.time, "perf_counter", lambda: next(clock))
+    replanner = _replanner(fleet)
+    _steps(replanner, SKEWED, 1.0)
+    replanner.tick()
+    sizes = []
+    while replanner.moving:
+        replanner.seen(SKEWED, 100, 0.05)  # 5 ms for what takes 1 ms a turn
+        replanner.tick()
+        kind, numbers = fleet.said[-2:][0]
+        if kind is Kind.MOVE:
+            sizes.append(sum(4 * (p.end - p.begin) for p in unpack_pieces(numbers) if p.fetch.share == 0))
+    assert sizes[0] <= 500
+    assert 500 < max(sizes) <= 2500
